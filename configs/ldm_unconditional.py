@@ -1,0 +1,81 @@
+"""Stage 2, unconditional (paper Tables 1 and 12; the reference's configs/latent-diffusion/*-ldm-*.yaml).
+
+    python train.py --config configs/ldm_unconditional.py:ffhq256 --config.first_stage.workdir=AE \\
+        --config.data.source=folder --config.data.path=FFHQ --workdir DIR
+
+Variants and the paper's scores (FID, 50k samples; not reproduced here yet): celebahq256 5.11 (410k steps, batch 48),
+ffhq256 4.98 (635k, 42), lsun_churches256 4.02 (500k, 96), lsun_bedrooms256 2.95 (1.9M, 48). Modifiers: emoji (built-in
+pictures), small (64x64 pictures of your own, README.md), smoke (seconds). Arguments: size=PIXELS, folder=DIR.
+"""
+
+from latent_diffusion import config as config_lib
+
+_LDM4 = dict(image_size=0, in_channels=0, out_channels=0, model_channels=224, num_res_blocks=2,
+             attention_resolutions=(8, 4, 2), channel_mult=(1, 2, 3, 4), num_heads=-1, num_head_channels=32)
+
+
+def _ldm4(batch_size, num_steps):
+    return dict(model=_LDM4, first_stage=dict(scale_factor=1.0), optimizer=dict(learning_rate=2e-6),
+                training=dict(batch_size=batch_size, num_steps=num_steps), sampling=dict(steps=200, eta=1.0))
+
+
+VARIANTS = {
+    "lsun_churches256": dict(
+        data=dict(name="lsun/church_outdoor", flip=True),
+        model=dict(image_size=0, in_channels=0, out_channels=0, model_channels=192, num_res_blocks=2,
+                   attention_resolutions=(1, 2, 4, 8), channel_mult=(1, 2, 2, 4, 4), num_heads=8,
+                   use_scale_shift_norm=True, resblock_updown=True),
+        diffusion=dict(linear_end=0.0155, loss="l1"),
+        optimizer=dict(learning_rate=5e-5, scale_lr=False, warmup_steps=10_000),
+        training=dict(batch_size=96, num_steps=500_000), sampling=dict(steps=200)),
+    "celebahq256": _ldm4(48, 410_000) | dict(data=dict(name="celeb_a_hq/256", split="train[:25000]",
+                                                       eval_split="train[25000:]")),
+    "ffhq256": _ldm4(42, 635_000) | dict(data=dict(source="folder")),
+    "lsun_bedrooms256": _ldm4(48, 1_900_000) | dict(data=dict(name="lsun/bedroom", flip=True)),
+}
+EMOJI = dict(
+    data=dict(source="emoji", image_size=64, flip=False, styles=("twemoji",)),
+    model=dict(model_channels=64, num_res_blocks=1, attention_resolutions=(4,), channel_mult=(1, 2, 3), num_heads=-1,
+               num_head_channels=32, conv_resample=False, norm_groups=8, use_scale_shift_norm=False,
+               resblock_updown=False),
+    first_stage=dict(scale_factor=0.0),
+    diffusion=dict(linear_end=0.0195, loss="l2", parameterization="v"),
+    optimizer=dict(learning_rate=1.5e-3, scale_lr=False, b2=0.99, schedule="cosine", warmup_steps=100, clip_norm=1.0),
+    ema=dict(decay=0.998),
+    training=dict(batch_size=16, num_steps=3600, log_every=50, image_every=1800),
+    evaluation=dict(every=1800),
+    checkpoint=dict(every=300),
+    sampling=dict(steps=50, eta=0.0),
+)
+SMALL = dict(
+    data=dict(image_size=64, flip=False),
+    model=dict(model_channels=64, num_res_blocks=1, attention_resolutions=(2, 4), channel_mult=(1, 2, 3),
+               num_heads=-1, num_head_channels=32, conv_resample=False, norm_groups=8, use_scale_shift_norm=False,
+               resblock_updown=False),
+    first_stage=dict(scale_factor=0.0),
+    diffusion=dict(linear_end=0.0195, loss="l2", parameterization="v"),
+    optimizer=dict(learning_rate=1.5e-3, scale_lr=False, b2=0.99, schedule="cosine", warmup_steps=100, clip_norm=1.0),
+    ema=dict(decay=0.998),
+    training=dict(batch_size=16, num_steps=4000, log_every=25, image_every=500),
+    evaluation=dict(every=500),
+    checkpoint=dict(every=250),
+    sampling=dict(steps=50, eta=0.0),
+)
+SMOKE = dict(
+    data=dict(source="memory", image_size=32, flip=False),
+    model=dict(model_channels=32, num_res_blocks=1, attention_resolutions=(2,), channel_mult=(1, 2),
+               num_heads=-1, num_head_channels=16),
+    first_stage=dict(scale_factor=0.0),
+    training=dict(batch_size=8, num_steps=4, log_every=2, image_every=0),
+    evaluation=dict(every=0, num_images=4),
+    checkpoint=dict(every=2),
+    sampling=dict(steps=4),
+)
+ARGUMENTS = config_lib.data_arguments(stage="diffusion")
+
+
+def get_config(argument: str = ""):
+    """The config that ``configs/ldm_unconditional.py:argument`` names."""
+    return config_lib.resolve(argument, config_lib.diffusion_defaults(), file="configs/ldm_unconditional.py",
+                              variants=VARIANTS, arguments=ARGUMENTS,
+                              modifiers={"emoji": EMOJI, "small": SMALL, "smoke": SMOKE})

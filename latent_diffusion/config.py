@@ -1,0 +1,418 @@
+"""Config defaults, the grammar of config names, and validation. A leaf module: of ours it imports the errors only.
+
+Every file in ``configs/`` has the same sections (`autoencoder_defaults`, `diffusion_defaults`) and the same grammar:
+
+    configs/NAME.py:TOKEN[,TOKEN...][,key=value...]
+
+with at most one *variant* (a row of the paper), the *modifiers* ``emoji`` (built-in data) and ``smoke`` (tiny, seconds
+on a CPU) in any order, and the file's own typed arguments. All else is set with ``--config.section.key=value``.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from latent_diffusion.errors import UserError, choose
+
+FREELY_CHANGED = (  # keys that a resumed run may change: they alter neither the model nor the data
+    "training.num_steps", "training.log_every", "training.image_every", "evaluation", "sampling", "checkpoint",
+    "data.workers", "data.threads", "data.data_dir", "data.path", "first_stage.workdir", "first_stage.cache",
+)
+
+
+# --- defaults --------------------------------------------------------------------------------------------------------
+
+
+def _data() -> dict:
+    return dict(
+        source="tfds",            # tfds | folder | emoji (built in) | memory (a few drawn shapes, for smoke tests)
+        name="",                  # source tfds: set name, with its config: "imagenet2012", "lsun/church"
+        path="",                  # source folder: a folder of images
+        data_dir="",              # where TFDS sets live; "" = TFDS's own default
+        split="train",
+        eval_split="validation",
+        image_size=256,           # pixels; images are resized (shorter side) and cropped to a square
+        channels=3,               # 3 = RGB, 1 = grey
+        crop="center",            # center | random
+        min_crop_scale=1.0,       # crop random: side U(min_crop_scale, 1) x shorter side, then resized
+        flip=False,               # horizontal flip with probability 1/2 in training
+        background="white",       # behind transparent images: white | random (plain color per example)
+        image_key="image", label_key="label", caption_key="caption",
+        styles=("twemoji", "openmoji"),  # source emoji: the drawing styles to use
+        groups=(),                # source emoji: only these ("food-and-drink", "flags" ...); () = all nine
+        skin_tones=False,         # source emoji: keep skin-tone variants
+        duplicates=False,         # source emoji: keep pictures that are equal pixel by pixel
+        style_prefix=False,       # source emoji: captions "a twemoji emoji of ..."
+        holdout=0.1,              # source folder without train/ and val/: fraction held out for evaluation
+        on_corrupt="error",       # a file that cannot be decoded: error | skip (and count)
+        workers=0,                # grain worker processes; 0 = threads only
+        threads=4,                # grain reading threads
+        num_examples=64,          # source memory: how many
+    )
+
+
+def _autoencoder_model() -> dict:
+    return dict(                  # names and defaults of the reference's ddconfig (LDM-f8-KL, paper Table 8)
+        kind="kl",                # kl | vq | identity
+        embed_dim=4,              # channels of the latents
+        z_channels=4,             # channels of the encoder's output (before quant_conv)
+        double_z=True,            # kl: the encoder gives mean and log-variance
+        in_channels=3, out_channels=3,
+        ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2,
+        attn_resolutions=(),      # levels with attention, as feature-map sizes at input size `resolution`
+        resolution=256,           # only decides where attention goes
+        attn_type="vanilla",      # vanilla | linear | none
+        dropout=0.0, resamp_with_conv=True, tanh_out=False,
+        norm_groups=32,           # group normalization; fewer for narrow networks: 1 channel a group loses its mean
+        n_embed=16384,            # vq: codebook entries
+        vq_beta=0.25,
+        vq_legacy_beta=True,      # vq: beta on the codebook term, as the released models were trained
+        dtype="float32",          # compute: float32 | bfloat16 (parameters stay float32)
+        remat="none",             # none | dots | full
+    )
+
+
+def _unet_model() -> dict:
+    return dict(
+        image_size=32,            # side of the latents in training
+        in_channels=4, out_channels=4, model_channels=192, num_res_blocks=2,
+        attention_resolutions=(1, 2, 4, 8),  # downsampling factors (not sizes) with attention
+        channel_mult=(1, 2, 2, 4, 4), dropout=0.0, conv_resample=True,
+        num_heads=8,              # -1 = from num_head_channels
+        num_head_channels=-1,     # wins over num_heads when not -1
+        num_heads_upsample=-1,
+        use_scale_shift_norm=False, resblock_updown=False, use_new_attention_order=False,
+        use_spatial_transformer=False, transformer_depth=1,
+        context_dim=0,            # width of the cross-attention context; 0 = none
+        num_classes=0,            # rows of the class table added to the time embedding; 0 = from conditioning
+        legacy=True,              # the reference's rule for head sizes
+        norm_groups=32,           # group normalization; fewer for narrow networks
+        dtype="float32", remat="none",
+    )
+
+
+def _common() -> dict:
+    return dict(
+        seed=0,
+        data=_data(),
+        optimizer=dict(
+            name="adam",          # adam | adamw | sgd
+            learning_rate=4.5e-6,
+            scale_lr=True,        # effective rate = learning_rate x batch_size, as the reference's --scale_lr
+            b1=0.5, b2=0.9, eps=1e-8, weight_decay=0.0,
+            schedule="constant",  # constant | cosine | linear (both decay to final_factor at num_steps)
+            warmup_steps=0, final_factor=0.0,
+            clip_norm=0.0,        # global gradient norm; 0 = no clipping
+            disc_factor=1.0,      # stage 1: discriminator's rate relative to the generator's
+        ),
+        ema=dict(
+            decay=0.9999,         # 0 = no EMA
+            warmup=True,          # min(decay, (1 + n) / (10 + n))
+            include_conditioner=False,  # the reference averages the UNet only
+        ),
+        evaluation=dict(
+            every=5000,           # steps; 0 = only at the end
+            max_batches=0,        # 0 = the whole held-out set
+            num_images=16,        # pictures in the logged grids
+        ),
+        checkpoint=dict(every=5000, keep=2),
+        sampling=dict(sampler="ddim", steps=50, eta=0.0, guidance_scale=1.0, prompts=(), labels=()),
+    )
+
+
+def autoencoder_defaults() -> ConfigDict:
+    """Defaults of stage 1: the reference's KL autoencoder with f = 8 (its configs/autoencoder)."""
+    config = ConfigDict(dict(
+        stage="autoencoder",
+        model=_autoencoder_model(),
+        training=dict(
+            batch_size=12,        # images per optimizer step, over all devices, processes and accumulation steps
+            num_steps=250_000,
+            accumulate=1,         # gradient accumulation: the batch is cut into this many pieces
+            log_every=100, image_every=5000,
+            loss=dict(
+                pixel="l1",       # l1 | l2
+                perceptual="vgg",  # LPIPS network: vgg (the paper) | alex (20 times cheaper) | none
+                perceptual_weight=1.0,
+                perceptual_dropout=False,  # the reference trains with LPIPS's dropout on, by oversight
+                logvar_init=0.0,
+                learn_logvar=False,  # the reference never gives it to the optimizer
+                kl_weight=1e-6,
+                codebook_weight=1.0,
+                disc_start=50_001, disc_factor=1.0, disc_weight=0.5,
+                disc_loss="hinge",  # hinge | vanilla | non_saturating
+                disc_channels=64, disc_layers=3,
+                disc_norm="batch",  # batch | actnorm
+            ),
+        ),
+        first_stage=dict(),
+        conditioning=dict(),
+        diffusion=dict(),
+        **_common(),
+    ))
+    return config.lock()
+
+
+def diffusion_defaults() -> ConfigDict:
+    """Defaults of stage 2: an unconditional LDM-8 (LSUN-churches, paper Table 12) on KL latents."""
+    config = ConfigDict(dict(
+        stage="diffusion",
+        model=_unet_model(),
+        training=dict(batch_size=96, num_steps=500_000, accumulate=1, log_every=100, image_every=5000),
+        first_stage=dict(
+            workdir="",           # the stage-1 workdir; its weights are copied into this run's workdir
+            scale_factor=0.0,     # latents are multiplied by it; 0 = measure 1/std on the first batches
+            cache="",             # folder of the latents cache (written when missing); "" = encode online
+            model=_autoencoder_model(),
+        ),
+        conditioning=dict(
+            crossattn="none",     # none | class | text: tau_theta, seen by cross-attention
+            label=False,          # class embedding added to the time embedding
+            concat="none",
+            num_classes=0,        # 0 = from the data; one more row is the null class
+            width=512,            # width of tau_theta's output
+            dropout=0.1,          # probability of training with the null condition (classifier-free guidance)
+            text_dropout=0.0,     # in addition, of dropping the text alone
+            label_dropout=0.0,    # in addition, of dropping the class alone
+            text=dict(
+                vocab="",         # a BERT vocab.txt; "" = train a WordPiece vocabulary on the captions
+                vocab_size=30522, max_length=77, layers=32, heads=8, head_dim=64,
+            ),
+        ),
+        diffusion=dict(
+            timesteps=1000,
+            beta_schedule="linear",  # linear (in sqrt(beta), the paper's) | cosine | sqrt_linear | sqrt
+            linear_start=0.0015, linear_end=0.0195, cosine_s=8e-3,
+            parameterization="eps",  # eps | x0 | v
+            loss="l2",            # l1 | l2
+            l_simple_weight=1.0, original_elbo_weight=0.0, v_posterior=0.0,
+            learn_logvar=False, logvar_init=0.0,
+            min_snr_gamma=0.0,    # min-SNR weighting (Hang et al. 2023); 0 = off
+        ),
+        **_common(),
+    ))
+    config.optimizer.update(dict(name="adamw", learning_rate=1e-6, b1=0.9, b2=0.999, weight_decay=0.01))
+    return config.lock()
+
+
+# --- the grammar -----------------------------------------------------------------------------------------------------
+
+
+def resolve(
+    argument: str | None,
+    base: ConfigDict,
+    *,
+    file: str,
+    variants: Mapping[str, Mapping],
+    modifiers: Mapping[str, Mapping],
+    arguments: Mapping[str, tuple[type, Callable[[Any], Mapping]]] | None = None,
+) -> ConfigDict:
+    """The config that ``configs/FILE:argument`` names.
+
+    Args:
+      argument: the text after the colon: ``TOKEN[,TOKEN...][,key=value...]``.
+      base: the family's defaults.
+      variants: name -> overrides (nested dicts); at most one may be named, the first is the default.
+      modifiers: name -> overrides, applied after the variant in the order given here.
+      arguments: key -> (type, function from the value to overrides), applied last.
+
+    Raises:
+      UserError: an unknown token or key (the message lists the choices), two variants, a value of the wrong type.
+    """
+    arguments = arguments or {}
+    chosen, named, values = [], set(), {}
+    for token in filter(None, (argument or "").split(",")):
+        key, equals, value = token.partition("=")
+        if equals and key in arguments:
+            kind = arguments[key][0]
+            try:
+                values[key] = kind(value)
+            except ValueError:
+                raise UserError(f"{file}: {key}={value!r} is not of type {kind.__name__}") from None
+        elif not equals and token in variants:
+            chosen.append(token)
+        elif not equals and token in modifiers:
+            named.add(token)
+        else:
+            known = [*variants, *modifiers, *(f"{key}=..." for key in arguments)]
+            raise UserError(f"{file}: unknown {'argument' if equals else 'variant'} {token!r}; "
+                            f"choose from {', '.join(known)}")
+    if len(chosen) > 1:
+        raise UserError(f"{file}: {' and '.join(chosen)} are both variants; name one")
+    overrides = [variants[chosen[0] if chosen else next(iter(variants))]]
+    overrides += [modifiers[name] for name in modifiers if name in named]
+    overrides += [arguments[key][1](value) for key, value in values.items()]
+    for override in overrides:
+        base.update(override)
+    return base.lock()
+
+
+def data_arguments(stage: str) -> dict[str, tuple[type, Callable[[Any], dict]]]:
+    """Typed arguments that every file takes: ``size=PIXELS``, ``folder=DIR`` and, for stage 1, ``channels=1``."""
+    arguments = {
+        "size": (int, lambda size: dict(data=dict(image_size=size))),
+        "folder": (str, lambda folder: dict(data=dict(source="folder", path=folder))),
+    }
+    if stage == "autoencoder":
+        arguments["channels"] = (int, lambda n: dict(
+            data=dict(channels=n), model=dict(in_channels=n, out_channels=n)))
+    return arguments
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON text; `from_json` reads it back equal (tuples included)."""
+    return json.dumps(config.to_dict(), indent=1)
+
+
+def from_json(text: str) -> ConfigDict:
+    """Reads what `to_json` wrote."""
+    def tuples(value):
+        if isinstance(value, dict):
+            return {key: tuples(item) for key, item in value.items()}
+        return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+    return ConfigDict(tuples(json.loads(text))).lock()
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """``{"section.key": value}`` over all leaves."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat.update({f"{key}.{name}": item for name, item in flatten(value).items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def check_same(config: ConfigDict, saved: ConfigDict, workdir: str) -> None:
+    """Raises `UserError` naming every key in which a workdir's saved config differs, but for `FREELY_CHANGED`."""
+    ours, theirs = flatten(config), flatten(saved)
+    differing = [
+        f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} here)" for key in sorted({*ours, *theirs})
+        if ours.get(key) != theirs.get(key)
+        and not any(key == free or key.startswith(free + ".") for free in FREELY_CHANGED)
+    ]
+    if differing:
+        raise UserError(f"--workdir {workdir} holds a run with another config; it differs in "
+                        f"{'; '.join(differing)}. Choose another workdir, or give the same config to resume")
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+
+CHOICES = {
+    "data.source": ("tfds", "folder", "emoji", "memory"),
+    "data.crop": ("center", "random"),
+    "data.background": ("white", "random"),
+    "data.on_corrupt": ("error", "skip"),
+    "data.channels": (1, 3),
+    "optimizer.name": ("adam", "adamw", "sgd"),
+    "optimizer.schedule": ("constant", "cosine", "linear"),
+    "sampling.sampler": ("ddpm", "ddim"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+}
+STAGE_CHOICES = {
+    "autoencoder": {
+        "model.kind": ("kl", "vq", "identity"),
+        "model.attn_type": ("vanilla", "linear", "none"),
+        "training.loss.pixel": ("l1", "l2"),
+        "training.loss.perceptual": ("vgg", "alex", "none"),
+        "training.loss.disc_loss": ("hinge", "vanilla", "non_saturating"),
+        "training.loss.disc_norm": ("batch", "actnorm"),
+    },
+    "diffusion": {
+        "conditioning.crossattn": ("none", "class", "text"),
+        "conditioning.concat": ("none",),
+        "diffusion.beta_schedule": ("linear", "cosine", "sqrt_linear", "sqrt"),
+        "diffusion.parameterization": ("eps", "x0", "v"),
+        "diffusion.loss": ("l1", "l2"),
+    },
+}
+POSITIVE = (
+    "data.image_size", "training.batch_size", "training.num_steps", "training.accumulate", "training.log_every",
+    "optimizer.learning_rate", "checkpoint.every", "checkpoint.keep", "evaluation.num_images", "sampling.steps",
+)
+
+
+def _size_mistakes(config: ConfigDict) -> list[str]:
+    """Sizes and channel counts that do not fit each other."""
+    mistakes = []
+    first = config.model if config.stage == "autoencoder" else config.first_stage.model
+    section = "model" if config.stage == "autoencoder" else "first_stage.model"
+    factor = 1 if first.kind == "identity" else 2 ** (len(first.ch_mult) - 1)
+    size = config.data.image_size
+    if size % factor:
+        mistakes.append(f"data.image_size={size} is not a multiple of the downsampling factor {factor} "
+                        f"(2^(len({section}.ch_mult)-1)); the nearest is {max(1, round(size / factor)) * factor}")
+    if first.kind != "identity" and first.ch % first.norm_groups:
+        mistakes.append(f"{section}.ch={first.ch} is not a multiple of {section}.norm_groups={first.norm_groups}")
+    for key in ("in_channels", "out_channels"):
+        if first.kind != "identity" and first[key] != config.data.channels:
+            mistakes.append(f"{section}.{key}={first[key]} but data.channels={config.data.channels}; make them equal")
+    if config.stage == "diffusion":
+        latent = config.data.channels if first.kind == "identity" else first.embed_dim
+        for key in ("in_channels", "out_channels"):
+            if config.model[key] != latent:
+                mistakes.append(f"model.{key}={config.model[key]} but the first stage has {latent} latent channels")
+        if config.model.model_channels % config.model.norm_groups:
+            mistakes.append(f"model.model_channels={config.model.model_channels} is not a multiple of "
+                            f"model.norm_groups={config.model.norm_groups}")
+        if config.model.image_size != size // factor:
+            mistakes.append(f"model.image_size={config.model.image_size} but the latents of {size}-pixel images are "
+                            f"{size // factor} wide; set it to that, or to 0")
+        down = 2 ** (len(config.model.channel_mult) - 1)
+        if size // factor % down:
+            mistakes.append(f"the latents are {size // factor} wide, which the UNet's {down}x downsampling "
+                            f"(len(model.channel_mult)={len(config.model.channel_mult)}) does not divide")
+        if config.conditioning.crossattn != "none":
+            if not config.model.use_spatial_transformer:
+                mistakes.append("conditioning.crossattn needs model.use_spatial_transformer=True")
+            if config.model.context_dim != config.conditioning.width:
+                mistakes.append(f"model.context_dim={config.model.context_dim} and "
+                                f"conditioning.width={config.conditioning.width} must be equal")
+        if config.sampling.steps > config.diffusion.timesteps:
+            mistakes.append(f"sampling.steps={config.sampling.steps} exceeds "
+                            f"diffusion.timesteps={config.diffusion.timesteps}")
+    return mistakes
+
+
+def validate(config: ConfigDict, *, num_devices: int = 1, num_processes: int = 1) -> None:
+    """Raises one `UserError` that lists every mistake in `config`, before anything is compiled.
+
+    Args:
+      config: a resolved config.
+      num_devices: devices of all processes together.
+      num_processes: processes that each read a part of the batch.
+    """
+    flat = flatten(config)
+    mistakes = [
+        f"{key}={flat[key]!r} is not one of {', '.join(map(repr, choices))}"
+        for key, choices in {**CHOICES, **choose(STAGE_CHOICES, config.stage, "stage")}.items()
+        if flat[key] not in choices
+    ]
+    mistakes += [f"{key}={flat[key]!r} must be above 0" for key in POSITIVE if not flat[key] > 0]
+    mistakes += [f"{key}={flat[key]!r} must lie in [0, 1)" for key in (
+        "ema.decay", "data.holdout", "conditioning.dropout", "conditioning.text_dropout", "conditioning.label_dropout",
+    ) if key in flat and not 0 <= flat[key] < 1]
+    pieces = num_devices * config.training.accumulate
+    if config.training.batch_size % pieces:
+        mistakes.append(f"training.batch_size={config.training.batch_size} does not divide over {num_devices} devices "
+                        f"x {config.training.accumulate} accumulation steps; use a multiple of {pieces}")
+    if config.training.batch_size % num_processes:
+        mistakes.append(f"training.batch_size={config.training.batch_size} does not divide over {num_processes} "
+                        "processes")
+    for key, needed in (("path", "folder"), ("name", "tfds")):
+        if config.data.source == needed and not config.data[key]:
+            mistakes.append(f"data.{key} is empty: set --config.data.{key} for data.source={needed}")
+    if config.stage == "diffusion" and config.first_stage.cache:
+        mistakes += [f"first_stage.cache cannot hold random variants of an image but its mirror image: set "
+                     f"data.{key}={plain!r}, or leave the cache out" for key, plain in (
+                         ("crop", "center"), ("background", "white")) if config.data[key] == "random"]
+    mistakes += _size_mistakes(config)
+    if mistakes:
+        raise UserError("config: " + "; ".join(mistakes))

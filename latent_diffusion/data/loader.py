@@ -1,0 +1,202 @@
+"""Batches from sources: order, shares of the processes, augmentation, tokens; resumed exactly at any step."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from latent_diffusion.conditions import Vocabulary
+from latent_diffusion.data import latents, sources, transforms
+from latent_diffusion.errors import UserError
+
+FIELDS = ("image", "label", "tokens", "caption")
+
+
+def batches(
+    config,
+    split: str,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    start_step: int = 0,
+    vocabulary: Vocabulary | None = None,
+    fields: Sequence[str] = ("image",),
+    source: sources.Source | None = None,
+    batch_size: int | None = None,
+) -> "Batches":
+    """The batches of one process.
+
+    split "train": endless; every epoch is a new permutation of the set; augmented. An example's place in the stream,
+    its augmentation and `index` depend on config.seed and its position alone, not on processes, threads or workers:
+    process p of n gets positions p, p + n, p + 2n ... of each global batch.
+    split "eval": one pass in the set's order, nothing random; the last batch is filled up by repeating from the start,
+    with 0 in `mask`.
+    split "train_once": one such pass over the training part (for the latents cache).
+
+    Args:
+      config: needs data, seed, training.batch_size; conditioning.text.max_length for tokens.
+      start_step: the batch to begin with.
+      vocabulary: needed for the field "tokens".
+      fields: of "image", "label", "tokens", "caption". Where the source is a latents cache, "image" stands for its
+        latents.
+      source: an opened source; opened from config.data if None.
+      batch_size: global; config.training.batch_size if None.
+
+    Returns:
+      An iterator of dicts of arrays, B = batch_size / process_count:
+        image        float32 (B, H, W, C) in [-1, 1]; or latent_mean, latent_std  float32 (B, h, w, c)
+        label        int32 (B,)
+        tokens       int32 (B, max_length)
+        caption      str (B,)
+        index        int32 (B,)  position in the global stream, counted over epochs (modulo 2^31)
+        mask         float32 (B,)  not for "train"
+      with get_state() and set_state().
+
+    Raises UserError: a batch that processes do not divide, fewer images than a batch, a field that the set lacks.
+    """
+    if split not in ("train", "eval", "train_once"):
+        raise ValueError(f"split {split!r}: 'train', 'eval' or 'train_once'")
+    unknown = sorted(set(fields) - set(FIELDS))
+    if unknown:
+        raise ValueError(f"fields {unknown}: of {FIELDS}")
+    batch_size = batch_size or config.training.batch_size
+    if batch_size % process_count:
+        raise UserError(f"training.batch_size={batch_size} does not divide among {process_count} processes")
+    if source is None:
+        source = sources.open_source(config, "eval" if split == "eval" else "train")
+    _check_fields(source, fields, vocabulary)
+    if split == "train" and len(source.source) < batch_size:
+        raise UserError(
+            f"{source.where} has {len(source.source)} images, fewer than one batch (training.batch_size={batch_size})"
+        )
+    if not len(source.source):
+        raise UserError(f"{source.where} is empty")
+    stream = _stream(config, source, split, batch_size, process_index, process_count)
+    max_length = config.conditioning.text.max_length if "tokens" in fields else 0
+    stream = stream.map(_Collate(tuple(fields), vocabulary if "tokens" in fields else None, max_length))
+    return Batches(stream, start_step, threads=config.data.threads, workers=config.data.workers)
+
+
+def _check_fields(source: sources.Source, fields: Sequence[str], vocabulary: Vocabulary | None) -> None:
+    if "label" in fields and not source.label_names:
+        raise UserError(
+            f"{source.where} has no labels: set data.label_key, or sort the images into one sub-folder for each class"
+        )
+    if {"tokens", "caption"} & set(fields) and source.captions is None:
+        raise UserError(f"{source.where} has no captions: set data.caption_key, or add captions.jsonl to the folder")
+    if "tokens" in fields and vocabulary is None:
+        raise ValueError("tokens need a vocabulary")
+
+
+def _stream(config, source, split: str, batch_size: int, process_index: int, process_count: int) -> grain.MapDataset:
+    """Batched examples, before they are collated."""
+    examples = grain.MapDataset.source(source.source).seed(config.seed)
+    count = len(source.source)
+    if split == "train":
+        examples = examples.shuffle()
+    # Augmentation comes before the process takes its share, so that its random numbers belong to the global position.
+    stream = examples.repeat(None).map_with_index(_Position(count if split != "train" else None))
+    transform = latents.make_transform(config.data, source) or transforms.ImageTransform.from_config(config.data)
+    stream = stream.random_map(_Augment(transform)) if split == "train" else stream.map(_Evaluate(transform))
+    stream = stream[process_index::process_count].batch(
+        batch_size // process_count, drop_remainder=True, batch_fn=list
+    )
+    return stream if split == "train" else stream[: -(-count // batch_size)]
+
+
+class Batches(Iterator[dict[str, np.ndarray]]):
+    """An iterator whose state is one number: how many batches were taken."""
+
+    def __init__(self, stream: grain.MapDataset, start_step: int = 0, *, threads: int = 4, workers: int = 0):
+        self._stream, self._threads, self._workers = stream, max(1, threads), workers
+        self.set_state({"next_index": start_step})
+
+    def __len__(self) -> int:
+        """Batches of one pass from the first on (sys.maxsize for the endless training stream)."""
+        return len(self._stream)
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._iterator)
+        self._next_index += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        return {"next_index": self._next_index}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes to the batch that `get_state` named; the number of workers may be another one than then."""
+        self._next_index = int(state["next_index"])
+        rest = self._stream[self._next_index :]
+        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=2 * self._threads)
+        iterable = rest.to_iter_dataset(options)
+        if self._workers:
+            iterable = iterable.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
+            )
+        self._iterator = iter(iterable)
+
+
+# Transformations are classes, not closures, so that worker processes can unpickle them.
+
+
+class _Position:
+    """Adds the position in the stream; and, for one pass over `count` examples, whether it is within it."""
+
+    def __init__(self, count: int | None):
+        self._count = count
+
+    def __call__(self, index: int, example: dict[str, Any]) -> dict[str, Any]:
+        example = {**example, "index": np.int32(index % 2**31)}
+        if self._count is not None:
+            example["mask"] = np.float32(index < self._count)
+        return example
+
+
+class _Augment(grain.transforms.RandomMap):
+    def __init__(self, transform):
+        self._transform = transform
+
+    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        if isinstance(element.get("caption"), tuple):  # several captions: one at random
+            captions = element["caption"] or ("",)
+            element = {**element, "caption": captions[rng.integers(len(captions))]}
+        return {**element, "image": self._transform.train(element["image"], rng)}
+
+
+class _Evaluate(grain.transforms.Map):
+    def __init__(self, transform):
+        self._transform = transform
+
+    def map(self, element: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(element.get("caption"), tuple):
+            element = {**element, "caption": (element["caption"] or ("",))[0]}
+        return {**element, "image": self._transform.evaluate(element["image"])}
+
+
+class _Collate(grain.transforms.Map):
+    """List of examples -> dict of arrays with the wanted fields."""
+
+    def __init__(self, fields: tuple[str, ...], vocabulary: Vocabulary | None, max_length: int):
+        self._fields, self._vocabulary, self._max_length = fields, vocabulary, max_length
+
+    def map(self, element: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+        def column(key):
+            return [example[key] for example in element]
+
+        batch = {"index": np.asarray(column("index"), np.int32)}
+        if "mask" in element[0]:
+            batch["mask"] = np.asarray(column("mask"), np.float32)
+        if "image" in self._fields:
+            images = column("image")
+            if isinstance(images[0], dict):  # latents
+                batch |= {key: np.stack([image[key] for image in images]).astype(np.float32) for key in images[0]}
+            else:
+                batch["image"] = transforms.to_float(np.stack(images))
+        if "label" in self._fields:
+            batch["label"] = np.asarray(column("label"), np.int32)
+        if "tokens" in self._fields:
+            batch["tokens"] = self._vocabulary.encode(column("caption"), self._max_length)
+        if "caption" in self._fields:
+            batch["caption"] = np.asarray(column("caption"), dtype=str)
+        return batch

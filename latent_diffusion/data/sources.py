@@ -1,0 +1,340 @@
+"""Opens what the config's `data` section names: random access to single examples, before any augmentation."""
+
+import contextlib
+import difflib
+import fcntl
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from etils import epath
+
+from latent_diffusion.data import transforms
+from latent_diffusion.errors import UserError
+
+
+@runtime_checkable
+class Examples(Protocol):
+    """Random access to dicts: image uint8 (H, W, C), name str; label int and caption (str or tuple) where there are."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split of a set.
+
+    source: the examples. label_names: one per class, empty where examples have no label.
+    captions: one per example (lazy where reading all takes long), None where examples have none.
+    where: the set's name in messages.
+    """
+
+    source: Examples
+    label_names: tuple[str, ...] = ()
+    captions: Sequence[str] | None = None
+    where: str = ""
+
+
+def open_source(config, split: str) -> Source:
+    """Opens the training or the held-out part of the set that config.data describes.
+
+    Args:
+      config: needs `data` only.
+      split: "train" or "eval".
+
+    Raises UserError: unknown source, or anything wrong with the set (missing, not prepared, empty, ...).
+    """
+    if split not in ("train", "eval"):
+        raise ValueError(f"split {split!r}: 'train' or 'eval'")
+    openers = {"emoji": _open_emoji, "tfds": _open_tfds, "folder": _open_folder, "memory": _open_memory}
+    if config.data.source not in openers:
+        raise UserError(f"data.source={config.data.source!r}: choose from {', '.join(openers)}")
+    return openers[config.data.source](config.data, split)
+
+
+def prepare(config) -> None:
+    """Makes the built-in set on disk if it is not there yet (20 s, once). Nothing to do for other sources.
+
+    Any number of processes may call this at once: on one machine one of them works and the others wait; on several with
+    a shared disk each works in a directory of its own and the first to finish wins.
+    """
+    if config.data.source != "emoji":
+        return
+    builder = _emoji_builder(config.data)
+    if builder.data_path.exists():
+        return
+    key = hashlib.sha256(os.fspath(builder.data_path).encode()).hexdigest()[:16]
+    # A lock is a matter of this machine alone, so this is not one of our paths, and no leftover of it can block anyone.
+    lock = os.open(os.path.join(tempfile.gettempdir(), f"emoji-{os.getuid()}-{key}.lock"), os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not builder.data_path.exists():
+            _build(builder)
+    finally:
+        os.close(lock)
+
+
+def _build(builder) -> None:
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()  # the builder shows its own; and TFDS would print that it downloads, which it does not
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(file_format="array_record")
+    except OSError as error:
+        if not builder.data_path.exists():  # else: another machine renamed its copy into place first
+            raise UserError(f"cannot make the emoji set in {builder.data_path} ({error}); set data.data_dir") from error
+    finally:
+        tfds.enable_progress_bar()
+
+
+# --- built-in emoji ---------------------------------------------------------------------------------------------------
+
+
+def _emoji_builder(data):
+    from latent_diffusion.data.emoji import RESOLUTIONS, Emoji
+
+    resolution = next((size for size in RESOLUTIONS if size >= data.image_size), RESOLUTIONS[-1])
+    _refuse_bucket(data.data_dir)
+    return Emoji(config=str(resolution), data_dir=data.data_dir or None)
+
+
+def _open_emoji(data, split: str) -> Source:
+    from latent_diffusion.data.emoji.catalogue import STYLES
+
+    unknown = sorted(set(data.styles) - set(STYLES))
+    if unknown or not data.styles:
+        raise UserError(f"data.styles={tuple(data.styles)}: choose from {', '.join(STYLES)}")
+
+    builder = _emoji_builder(data)
+    if not builder.data_path.exists():
+        prepare(_Section(data))
+        builder = _emoji_builder(data)  # the sizes of the splits are read anew
+    examples, features, where = _read(builder, data, split)
+    styles, groups = features["style"].names, features["label"].names
+    unknown = sorted(set(data.groups) - set(groups))
+    if unknown:
+        raise UserError(f"data.groups={tuple(data.groups)}: choose from {', '.join(groups)}")
+    keep, captions = [], []
+    for i in range(len(examples)):
+        facts = examples.facts(i)
+        if (
+            (data.skin_tones or not facts["skin_tone"])
+            and (data.duplicates or not facts["duplicate"])
+            and styles[facts["style"]] in data.styles
+            and (not data.groups or groups[facts["label"]] in data.groups)
+        ):
+            keep.append(i)
+            captions.append(_prefixed(facts["caption"].decode(), styles[facts["style"]], data.style_prefix))
+    return Source(_Subset(examples, keep, captions), _label_names(features, data), captions, where)
+
+
+def _prefixed(caption: str, style: str, wanted: bool) -> str:
+    return f"{'an' if style[0] in 'aeiou' else 'a'} {style} emoji of {caption}" if wanted else caption
+
+
+@dataclass(frozen=True)
+class _Section:
+    data: Any
+
+
+@dataclass(frozen=True)
+class _Subset:
+    """Some examples of a set, with captions of our own."""
+
+    source: Examples
+    indices: list[int]
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict:
+        return {**self.source[self.indices[index]], "caption": self.captions[index]}
+
+
+# --- TFDS by name -----------------------------------------------------------------------------------------------------
+
+
+def _open_tfds(data, split: str) -> Source:
+    import tensorflow_datasets as tfds
+
+    if not data.name:
+        raise UserError("data.source='tfds' needs data.name, the name of a TFDS set")
+    _refuse_bucket(data.data_dir)
+    try:
+        builder = tfds.builder(data.name, data_dir=data.data_dir or None)
+    except tfds.core.DatasetNotFoundError:
+        known = tfds.list_builders(with_community_datasets=False)
+        close = difflib.get_close_matches(data.name.split("/")[0], known, n=5, cutoff=0.5)
+        raise UserError(
+            f"data.name={data.name!r}: TFDS knows no such set"
+            + (f" and {data.data_dir} holds none" if data.data_dir else "")
+            + (f"; similar: {', '.join(close)}" if close else "")
+        ) from None
+    except ImportError as error:
+        missing = error.name or "TensorFlow"
+        raise UserError(f"data.name={data.name!r}: TFDS cannot describe this set without {missing}") from error
+    except ValueError as error:
+        name, _, chosen = data.name.partition("/")
+        configs = list(tfds.builder_cls(name).builder_configs)
+        if configs and chosen.split(":")[0] not in configs:
+            raise UserError(f"{name} has no config {chosen!r}; choose from {', '.join(configs)}") from error
+        raise UserError(f"data.name={data.name!r}: {' '.join(str(error).split())}") from error
+    examples, features, where = _read(builder, data, split)
+    captions = _Captions(examples) if examples.caption_path else None
+    return Source(examples, _label_names(features, data), captions, where)
+
+
+def _read(builder, data, split: str):
+    """Returns the examples of a prepared set, its features, and its name for messages."""
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    if not isinstance(features, dict | tfds.features.FeaturesDict) or data.image_key not in features:
+        raise UserError(
+            f"data.image_key={data.image_key!r}: {builder.name} has no such feature; it has {', '.join(features)}"
+        )
+    name = data.split if split == "train" else data.eval_split
+    try:
+        records = builder.as_data_source(split=name)
+    except Exception as error:
+        raise _explain(builder, data, name, error) from error
+    # Set here, not passed above: with decoders in the call, `tfds.testing.mock_data` needs TensorFlow.
+    records.decoders = {key: tfds.decode.SkipDecoding() for key, feature in features.items() if _is_picture(feature)}
+    caption_path = tuple(data.caption_key.split("/")) if data.caption_key.split("/")[0] in features else ()
+    label_key = data.label_key if _label_names(features, data) else ""
+    where = f"the {name!r} split of {builder.name} (features: {', '.join(features)})"
+    return _Records(records, data.image_key, label_key, caption_path), features, where
+
+
+def _label_names(features, data) -> tuple[str, ...]:
+    return tuple(getattr(features[data.label_key], "names", None) or ()) if data.label_key in features else ()
+
+
+def _is_picture(feature) -> bool:
+    import tensorflow_datasets as tfds
+
+    return type(feature) in (tfds.features.Image, tfds.features.LabeledImage, tfds.features.Video)
+
+
+def _explain(builder, data, split: str, error: Exception) -> Exception:
+    """The UserError that says why a TFDS set cannot be read, or `error` itself where it is not the user's to cure."""
+    folder = f", data_dir={data.data_dir!r}" if data.data_dir else ""
+    command = (
+        f"python -c \"import tensorflow_datasets as tfds; tfds.builder({data.name!r}{folder})"
+        ".download_and_prepare(file_format='array_record')\""
+    )
+    if not builder.data_path.exists():
+        manual = getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None)
+        if manual:
+            place = os.path.join(builder.data_dir_root, "downloads", "manual")
+            return UserError(
+                f"{data.name} is not prepared in {builder.data_path} and needs a manual download into {place} "
+                f"({' '.join(manual.split())}); then: {command}"
+            )
+        return UserError(
+            f"{data.name} is not prepared in {builder.data_path}; prepare it (many sets need TensorFlow for that, but "
+            f"not for training) with: {command}"
+        )
+    if isinstance(error, NotImplementedError):
+        return UserError(
+            f"{data.name} in {builder.data_path} is prepared as {builder.info.file_format.value}, which has no random "
+            f"access; move it away or choose another data.data_dir, then prepare it again with: {command}"
+        )
+    known = sorted(builder.info.splits)
+    if known and isinstance(error, ValueError | KeyError):
+        return UserError(f"{data.name} has no split {split!r}; choose from {', '.join(known)}, or a part, train[:90%]")
+    return error
+
+
+def _refuse_bucket(data_dir: str) -> None:
+    if "://" in str(data_dir):
+        raise UserError(
+            f"data.data_dir={data_dir}: array_record files in a bucket are read through a mount (for example gcsfuse); "
+            "give the mounted path"
+        )
+
+
+class _Records:
+    """Examples of a TFDS data source. Images are decoded here: TFDS's own decoding knows no CMYK and no palettes."""
+
+    def __init__(self, records, image_key: str, label_key: str, caption_path: tuple[str, ...]):
+        self._records, self._image_key, self._label_key = records, image_key, label_key
+        self.caption_path = caption_path
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def facts(self, index: int) -> dict:
+        """All features, images undecoded."""
+        return self._records[index]
+
+    def __getitem__(self, index: int) -> dict:
+        record = self._records[index]
+        example = {"image": _to_pixels(record[self._image_key], index), "name": str(index)}
+        if self._label_key:
+            example["label"] = int(record[self._label_key])
+        if self.caption_path:
+            example["caption"] = _captions_of(record, self.caption_path)
+        return example
+
+
+def _to_pixels(value, index: int) -> np.ndarray:
+    if isinstance(value, np.ndarray) and value.ndim == 3:
+        if value.dtype != np.uint8:
+            raise UserError(f"images of type {value.dtype} are not supported, only 8-bit ones (record {index})")
+        return value
+    return transforms.decode(value if isinstance(value, bytes) else bytes(value))
+
+
+def _captions_of(record: dict, path: tuple[str, ...]) -> str | tuple[str, ...]:
+    """The caption, or all captions where a record has several ("captions/text" in coco_captions)."""
+    for key in path:
+        record = record[key]
+    if isinstance(record, bytes | str):
+        return record.decode() if isinstance(record, bytes) else record
+    return tuple(item.decode() if isinstance(item, bytes) else str(item) for item in np.asarray(record).ravel())
+
+
+class _Captions(Sequence):
+    """The first caption of each example, read when asked for."""
+
+    def __init__(self, examples: _Records):
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        captions = _captions_of(self._examples.facts(range(len(self))[index]), self._examples.caption_path)
+        return captions if isinstance(captions, str) else (captions[0] if captions else "")
+
+
+# --- others -----------------------------------------------------------------------------------------------------------
+
+
+def _open_folder(data, split: str) -> Source:
+    from latent_diffusion.data import folder
+
+    examples = folder.open_folder(
+        epath.Path(data.path) if data.path else None, split, holdout=data.holdout, on_corrupt=data.on_corrupt
+    )
+    return Source(examples, examples.label_names, examples.captions, f"folder {data.path}")
+
+
+def _open_memory(data, split: str) -> Source:
+    from latent_diffusion.data import shapes
+
+    held_out = max(1, data.num_examples // 4)
+    start, count = (0, data.num_examples) if split == "train" else (data.num_examples, held_out)
+    examples = shapes.Shapes(start, count, data.image_size)
+    return Source(examples, shapes.SHAPES, [examples.caption(i) for i in range(count)], "the set of drawn shapes")

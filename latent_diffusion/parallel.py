@@ -1,0 +1,179 @@
+"""Devices and processes. The only file that names pmap, so that `jit(shard_map)` would be a change of this file.
+
+The state is held *without* a leading device axis: one replicated array per leaf, ``in_axes=None``, ``out_axes=None``.
+Compared with the stacked form it saves the stacking at start, is what orbax and the sampling code read as it is, and
+needs no un-replication; `replicate` puts a fresh state on all local devices first, without which donation fails in
+multi-process runs. A step must average what it returns (`mean_over_devices`): pmap does not check it, a test does.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from latent_diffusion.errors import UserError
+
+AXIS = "batch"
+
+
+def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
+    """Starts `jax.distributed` when configured, by arguments or by ``JAX_COORDINATOR_ADDRESS``, or on a TPU pod.
+
+    Must run before any other JAX call. Does nothing on a single machine.
+
+    Raises:
+      UserError: a part of the description of the processes is missing.
+    """
+    if jax.distributed.is_initialized():
+        return
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    if coordinator:
+        num_processes = num_processes or _number("JAX_NUM_PROCESSES", 0)
+        process_id = process_id if process_id >= 0 else _number("JAX_PROCESS_ID", -1)
+        if num_processes < 1 or not 0 <= process_id < num_processes or ":" not in coordinator:
+            raise UserError(f"coordinator={coordinator!r} (HOST:PORT), num_processes={num_processes} and "
+                            f"process_id={process_id} (0 .. num_processes - 1) must be given together")
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    elif num_processes > 1 or process_id > 0:
+        raise UserError("several processes need a coordinator: HOST:PORT of process 0")
+    elif _on_tpu_pod():
+        jax.distributed.initialize()
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{variable}={text!r} is not a number") from None
+
+
+def _on_tpu_pod() -> bool:
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES") or os.environ.get("TPU_PROCESS_ADDRESSES") or ""
+    on_tpu_vm = find_spec("libtpu") is not None and any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0")))
+    return len(hosts.split(",")) > 1 or on_tpu_vm
+
+
+def is_first_process() -> bool:
+    """Whether this process writes pictures, logs and configs."""
+    return jax.process_index() == 0
+
+
+@functools.cache
+def _mesh() -> Mesh:
+    return Mesh(np.array(jax.local_devices()), (AXIS,))
+
+
+def replicate(tree: Any) -> Any:
+    """Puts one copy of every leaf on every local device, as the steps expect their state."""
+    return jax.device_put(tree, NamedSharding(_mesh(), PartitionSpec()))
+
+
+def shard(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Cuts a per-process batch (b, ...) into (local devices, b / local devices, ...) and sends it to the devices."""
+    devices = jax.local_device_count()
+    sharding = NamedSharding(_mesh(), PartitionSpec(AXIS))
+    cut = {name: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]) for name, x in batch.items()}
+    return jax.device_put(cut, sharding)
+
+
+def to_host(tree: Any) -> Any:
+    """Numpy copies of the first local replica of each leaf; no collective."""
+    def first_replica(x: Any) -> np.ndarray:
+        return np.asarray(x.addressable_data(0) if isinstance(x, jax.Array) else x)
+    return jax.tree.map(first_replica, tree)
+
+
+def mean_over_devices(tree: Any) -> Any:
+    """Mean over all devices of all processes, inside a step."""
+    return jax.lax.pmean(tree, AXIS)
+
+
+def sum_over_devices(tree: Any) -> Any:
+    """Sum over all devices of all processes, inside a step."""
+    return jax.lax.psum(tree, AXIS)
+
+
+def pmap_step(step: Callable, **static: Any) -> Callable:
+    """``step(state, frozen, batch, rng, **static)`` on all devices: state, frozen weights and key replicated, batch
+    sharded, the state donated. The step returns ``(state, metrics)``, equal on every device.
+    """
+    return _pmap(step, static, (None, None, 0, None), out_axes=(None, None), donate_argnums=(0,))
+
+
+def pmap_evaluate(step: Callable, **static: Any) -> Callable:
+    """``step(params, frozen, batch, rng, **static)`` on all devices: returns one replicated tree; nothing donated."""
+    return _pmap(step, static, (None, None, 0, None), out_axes=None)
+
+
+def pmap_encode(function: Callable, **static: Any) -> Callable:
+    """``function(params, batch, **static)`` on all devices; the result keeps a leading device axis."""
+    return _pmap(function, static, (None, 0))
+
+
+def pmap_local(function: Callable, **static: Any) -> Callable:
+    """As `pmap_encode`, on this process's devices alone, so that one process may call it without the others."""
+    return _pmap(function, static, (None, 0), devices=jax.local_devices())
+
+
+def _pmap(function: Callable, static: dict[str, Any], in_axes: tuple, **options: Any) -> Callable:
+    """pmap with every argument in a tuple of its own: where there happen to be as many leaves as arguments, as with an
+    empty tree of weights, JAX 0.10 would take `in_axes` to be one for each leaf."""
+    @functools.wraps(function)
+    def unwrapped(*arguments: tuple[Any]) -> Any:
+        return function(*(argument for argument, in arguments), **static)
+
+    mapped = jax.pmap(unwrapped, axis_name=AXIS, in_axes=tuple((axis,) for axis in in_axes), **options)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        return mapped(*((argument,) for argument in arguments))
+
+    return call
+
+
+def gather(tree: Any) -> Any:
+    """Host numpy of a device-sharded result (devices, b, ...) of this process, as (devices * b, ...)."""
+    def local(x: jax.Array) -> np.ndarray:
+        shards = sorted(x.addressable_shards, key=lambda s: s.index[0].start or 0)
+        return np.concatenate([np.asarray(s.data).reshape(-1, *x.shape[2:]) for s in shards])
+    return jax.tree.map(local, tree)
+
+
+def any_process(flag: Callable[[], bool]) -> Callable[[], bool]:
+    """Starts asking whether any process raises its flag; returns a function that gives the answer, equal everywhere.
+
+    With several processes it is a collective that does not wait: all call it at the same place, and read the answer at
+    the same later place, when the devices are done with it.
+    """
+    if jax.process_count() == 1:
+        return flag
+    votes = jax.device_put(np.full(jax.local_device_count(), flag(), np.float32),
+                           NamedSharding(_mesh(), PartitionSpec(AXIS)))
+    answer = _vote()(votes)
+    return lambda: bool(to_host(answer) > 0)
+
+
+@functools.cache
+def _vote() -> Callable:
+    return jax.pmap(sum_over_devices, axis_name=AXIS, out_axes=None)
+
+
+def barrier() -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+        multihost_utils.sync_global_devices("barrier")
+
+
+def assert_replicated(tree: Any) -> None:
+    """Raises AssertionError naming the first leaf whose local replicas differ in any bit."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        first, *others = [np.asarray(s.data) for s in leaf.addressable_shards]
+        if any(first.tobytes() != other.tobytes() for other in others):
+            raise AssertionError(f"replicas of {jax.tree_util.keystr(path)} differ")

@@ -1,0 +1,297 @@
+"""`LatentDiffusion`: the networks and weights of a trained model, and what one does with them. The public API.
+
+    model = LatentDiffusion.from_workdir("runs/ldm")
+    model.sample(prompts=["red apple"], num_samples=4, guidance_scale=3.0).images  # uint8 (4, H, W, 3)
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float, Int, UInt8
+
+from latent_diffusion import checkpoint, images, models, parallel, request
+from latent_diffusion import conditions as conditions_lib
+from latent_diffusion.diffusion import guidance, samplers
+from latent_diffusion.diffusion import schedule as schedule_lib
+from latent_diffusion.errors import UserError
+from latent_diffusion.training import diffusion as stage2
+
+AnyArray = jax.Array | np.ndarray
+BATCH_SIZE = 16  # pictures that are drawn at once, where the caller does not say
+
+
+# --- compiled programs -----------------------------------------------------------------------------------------------
+
+
+class Conditioning(NamedTuple):
+    """The part of ``config.conditioning`` that the networks' inputs depend on, hashable."""
+
+    crossattn: str
+    label: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """All that a compiled sampler depends on; whatever else there is, weights above all, is an argument of it."""
+
+    models: models.Models
+    schedule: schedule_lib.NoiseSchedule
+    conditioning: Conditioning
+    parameterization: str
+    sampler: str
+    steps: int
+    guided: bool
+    latent_shape: tuple[int, int, int]
+
+
+def draw(shared: Mapping[str, Any], batch: Mapping[str, Array], *, program: Program) -> tuple[Array, Array]:
+    """The whole sampler and the decoder, for one device's part of a batch.
+
+    Args:
+      shared: ``params``, ``null`` (the null conditions, one row), ``scale_factor``, ``key``, ``guidance_scale``,
+        ``eta``.
+      batch: ``index`` (b,), the numbers of the pictures, and the conditions ``tokens`` (b, l), ``label`` (b,).
+      program: static.
+
+    Returns:
+      Scaled latents (b, h, w, c) and images (b, H, W, C) as the decoder gives them, about [-1, 1].
+    """
+    params, index = shared["params"], batch["index"]
+    tau = functools.partial(stage2.condition, program.models, params, options=program.conditioning)
+    denoise = functools.partial(_predict, program.models, params)
+    inputs = tau({name: y for name, y in batch.items() if name != "index"})
+    if program.guided:
+        denoise_fn = guidance.classifier_free(denoise, inputs, tau(shared["null"]), shared["guidance_scale"])
+    else:
+        denoise_fn = functools.partial(denoise, inputs=inputs)
+    z_0 = samplers.sample(
+        denoise_fn, program.schedule, shared["key"], (index.shape[0], *program.latent_shape), method=program.sampler,
+        steps=program.steps, eta=shared["eta"], parameterization=program.parameterization, indices=index)
+    return z_0, _decode(params, z_0, shared["scale_factor"], models=program.models)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(program: Program) -> Any:
+    return parallel.pmap_local(draw, program=program)
+
+
+def _predict(networks: models.Models, params: Any, z_t: Array, t: Array, inputs: Mapping[str, Array]) -> Array:
+    return networks.unet.apply({"params": params["unet"]}, z_t, t, **inputs).astype(jnp.float32)
+
+
+def _decode(params: Any, z: Array, scale_factor: Array, *, models: models.Models) -> Array:
+    decoded = models.first_stage.apply({"params": params["first_stage"]}, z / scale_factor, method="decode")
+    return decoded.astype(jnp.float32)
+
+
+def _encode(params: Any, x: Array, scale_factor: Array, *, models: models.Models) -> Array:
+    mean, _ = stage2.posterior(models, params["first_stage"], x)
+    return scale_factor * mean
+
+
+def _denoise(
+    params: Any, z_t: Array, t: Array, conditions: Mapping[str, Array], *, models: models.Models, options: Conditioning
+) -> Array:
+    t = jnp.broadcast_to(t, z_t.shape[:1])
+    return _predict(models, params, z_t, t, stage2.condition(models, params, conditions, options))
+
+
+_jit_decode = jax.jit(_decode, static_argnames="models")
+_jit_encode = jax.jit(_encode, static_argnames="models")
+_jit_denoise = jax.jit(_denoise, static_argnames=("models", "options"))
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """images (N, H, W, C) uint8 and the scaled latents (N, h, w, c) float32 that they were decoded from."""
+
+    images: UInt8[np.ndarray, "n h w c"]
+    latents: Float[np.ndarray, "n h2 w2 d"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentDiffusion:
+    """A latent diffusion model. Instances with equal networks share compiled programs, whatever their weights.
+
+    config: of stage 2. params: ``{"unet", "conditioner"?, "first_stage"}``, on the host or replicated over the local
+    devices. scale_factor: latents that the UNet sees = scale_factor x the first stage's. vocabulary: of a text model.
+    label_names: names of the classes, if they have any. step: how long the model was trained.
+    """
+
+    config: Any
+    models: models.Models
+    schedule: schedule_lib.NoiseSchedule
+    params: Mapping[str, Any]
+    scale_factor: float
+    vocabulary: conditions_lib.Vocabulary | None = None
+    label_names: tuple[str, ...] = ()
+    step: int = 0
+
+    @classmethod
+    def from_workdir(cls, path: epath.PathLike, step: int | None = None) -> "LatentDiffusion":
+        """Reads a stage-2 workdir: EMA weights where there are any, and the first stage's copy.
+
+        Args:
+          path: the `--workdir` of the training run, local or a bucket.
+          step: which checkpoint; the latest complete one by default.
+
+        Raises:
+          UserError: no such workdir, one of stage 1, or no (complete) checkpoint there.
+        """
+        config, path = request.read_config(path), request.absolute(path)
+        trees, metadata, step = checkpoint.load(path, ("params", "ema"), step)
+        params = stage2.sampling_params(trees["params"], trees["ema"])
+        first_stage = {}
+        if config.first_stage.model.kind != "identity":
+            first_stage = checkpoint.load_frozen(path)[0]["autoencoder"]
+        params = {name: params[name] for name in ("unet", "conditioner") if name in params}
+        text = "tokens" in request.condition_fields(config)
+        return cls(
+            config=config, models=models.build(config), schedule=schedule_lib.from_config(config.diffusion),
+            params=parallel.replicate(params | {"first_stage": first_stage}),
+            scale_factor=float(metadata["scale_factor"]),
+            vocabulary=conditions_lib.load_vocabulary(path / "vocab.txt") if text else None,
+            label_names=request.read_label_names(path), step=step)
+
+    def sample(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        labels: request.Labels | None = None,
+        *,
+        num_samples: int | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: str | None = None,
+        eta: float | None = None,
+        seed: int = 0,
+        size: tuple[int, int] | None = None,
+        batch_size: int | None = None,
+    ) -> Samples:
+        """Draws pictures. The same seed gives the same pictures for any `batch_size` and number of devices.
+
+        What is not given comes from ``config.sampling``. Only `steps`, `sampler`, `size` and `batch_size` compile
+        anew when changed. A condition that the model takes and that is not given is its null condition.
+
+        Args:
+          prompts: texts, of a text model.
+          labels: class numbers or names, of a class-conditional model; paired with the prompts if both are given.
+          num_samples: how many pictures; the conditions are repeated in turn. One for each condition by default.
+          steps: of the sampler, 1 .. T.
+          guidance_scale: of classifier-free guidance: 1 = none, above 1 = closer to the condition. If it comes from the
+            config and is 1, the unconditional pass is left out, which halves the work.
+          sampler: "ddim" or "ddpm".
+          eta: noise of ddim, from 0 (none) to 1 (as much as ddpm); ddpm does not use it.
+          seed: 0 .. 2^32 - 1. Picture k depends on the seed and k only.
+          size: height and width in pixels; that of the training images by default.
+          batch_size: pictures at once over all local devices (rounded up to a multiple of them).
+
+        Raises:
+          UserError: see `request.resolve_settings` and `request.resolve_conditions`; also, latents that are not finite.
+        """
+        batches = list(self.sample_batches(
+            prompts, labels, num_samples=num_samples, batch_size=batch_size, steps=steps, guidance_scale=guidance_scale,
+            sampler=sampler, eta=eta, seed=seed, size=size))
+        return Samples(np.concatenate([b.images for b in batches]), np.concatenate([b.latents for b in batches]))
+
+    def sample_batches(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        labels: request.Labels | None = None,
+        *,
+        num_samples: int | None = None,
+        batch_size: int | None = None,
+        **settings: Any,
+    ) -> Iterator[Samples]:
+        """`sample`, one batch after the other as they are ready; same arguments. Mistakes are found at the call."""
+        asked = request.resolve_settings(self.config, **settings)
+        prompts, labels = request.resolve_conditions(self.config, prompts, labels, self.label_names)
+        number = len(prompts or labels or (None,)) if num_samples is None else num_samples
+        if number < 1:
+            raise UserError(f"num_samples={number} must be 1 or more")
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch_size={batch_size} must be 1 or more")
+        conditions = self.conditions(prompts, labels, number)
+        if prompts is None and labels is None:  # nothing to be guided to
+            asked = dataclasses.replace(asked, guided=False)
+        devices = jax.local_device_count()
+        size = min(number, BATCH_SIZE) if batch_size is None else batch_size
+        return self._draw_batches(asked, conditions, number, math.ceil(size / devices) * devices)
+
+    def conditions(
+        self, prompts: Sequence[str] | None, labels: Sequence[int] | None, number: int
+    ) -> dict[str, Int[np.ndarray, "n ..."]]:
+        """Arrays for `number` pictures, ``tokens`` (n, l) and/or ``label`` (n,): given ones repeated in turn, null ones
+        where None."""
+        options, arrays = self.config.conditioning, {}
+        if "tokens" in request.condition_fields(self.config):
+            if self.vocabulary is None:
+                raise UserError("this model takes text but came without its vocabulary (vocab.txt of its workdir)")
+            length = options.text.max_length
+            arrays["tokens"] = self.vocabulary.null(length) if prompts is None else (
+                self.vocabulary.encode(prompts, length))
+        if "label" in request.condition_fields(self.config):
+            arrays["label"] = np.asarray([options.num_classes] if labels is None else labels, np.int32)
+        return {name: rows[np.arange(number) % len(rows)] for name, rows in arrays.items()}
+
+    def _draw_batches(
+        self, asked: request.Settings, conditions: Mapping[str, np.ndarray], number: int, batch_size: int
+    ) -> Iterator[Samples]:
+        run = _compiled(self._program(asked))
+        shared = parallel.replicate({
+            "params": dict(self.params), "null": self.conditions(None, None, 1), "key": jax.random.key(asked.seed),
+            "scale_factor": np.float32(self.scale_factor), "guidance_scale": np.float32(asked.guidance_scale),
+            "eta": np.float32(asked.eta)})
+        for start in range(0, number, batch_size):
+            index = np.arange(start, start + batch_size, dtype=np.int32)
+            rows = np.minimum(index, number - 1)  # the last batch is filled up, what is too many dropped
+            batch = parallel.shard({"index": index} | {name: x[rows] for name, x in conditions.items()})
+            z_0, x = (part[: number - start] for part in parallel.gather(run(shared, batch)))
+            finite = np.isfinite(z_0).all((1, 2, 3)) & np.isfinite(x).all((1, 2, 3))
+            if not finite.all():
+                raise UserError(
+                    f"the latents of picture {start + int(np.argmin(finite))} are not finite: the training diverged "
+                    f"before step {self.step}, or guidance_scale={asked.guidance_scale:g} is far too large")
+            yield Samples(images.to_uint8(x), z_0)
+
+    @property
+    def _conditioning(self) -> Conditioning:
+        return Conditioning(self.config.conditioning.crossattn, bool(self.config.conditioning.label))
+
+    def _program(self, asked: request.Settings) -> Program:
+        first_stage = self.models.first_stage
+        height, width = (side // first_stage.factor for side in asked.size)
+        return Program(
+            models=self.models, schedule=self.schedule, conditioning=self._conditioning,
+            parameterization=self.config.diffusion.parameterization, sampler=asked.sampler, steps=asked.steps,
+            guided=asked.guided, latent_shape=(height, width, first_stage.latent_channels))
+
+    def encode(self, x: Float[AnyArray, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        """Images in [-1, 1] -> scaled latents: the posterior's mode (training draws from it), before quantization."""
+        return _jit_encode(self.params, x, self.scale_factor, models=self.models)
+
+    def decode(self, z: Float[AnyArray, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        """Scaled latents -> images, about [-1, 1], not clipped. A VQ first stage quantizes before it decodes."""
+        return _jit_decode(self.params, z, self.scale_factor, models=self.models)
+
+    def denoise(
+        self, z_t: Float[AnyArray, "b h w c"], t: int | Int[AnyArray, "*b"],
+        condition: Mapping[str, AnyArray] | None = None,
+    ) -> Float[Array, "b h w c"]:
+        """The network's prediction of what ``config.diffusion.parameterization`` says, without guidance.
+
+        t: one for all or one for each, 0 .. T-1. condition: arrays ``tokens`` and/or ``label`` as `conditions` makes
+        them; None = the null condition.
+        """
+        if condition is None:
+            condition = self.conditions(None, None, len(z_t))
+        return _jit_denoise(self.params, z_t, t, dict(condition), models=self.models, options=self._conditioning)

@@ -1,0 +1,75 @@
+"""The optax chain that a config describes, EMA, and gradient accumulation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from latent_diffusion.errors import choose
+
+
+def effective_learning_rate(config: Any) -> float:
+    """Peak rate: ``learning_rate``, times the global batch when ``scale_lr`` (the reference's --scale_lr rule,
+    accumulation x devices x batch per device x base rate)."""
+    scale = config.training.batch_size if config.optimizer.scale_lr else 1
+    return config.optimizer.learning_rate * scale
+
+
+def schedule(config: Any) -> optax.Schedule:
+    """Learning rate at a step: linear warm-up from 0, then constant, cosine or linear decay to ``final_factor``."""
+    options, peak = config.optimizer, effective_learning_rate(config)
+    warmup, final = options.warmup_steps, options.final_factor
+    rest = max(config.training.num_steps - warmup, 1)
+    decays = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=final),
+        "linear": lambda: optax.linear_schedule(peak, peak * final, rest),
+    }
+    decay = choose(decays, options.schedule, "optimizer.schedule")()
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup]) if warmup else decay
+
+
+def create(config: Any, *, rate_factor: float = 1.0) -> optax.GradientTransformation:
+    """Clipping by global norm (if any), then the optimizer. Weight decay covers every parameter, norms and biases
+    too, as torch's AdamW in the reference.
+
+    Args:
+      config: a resolved config.
+      rate_factor: multiplies the schedule (the discriminator's ``disc_factor``).
+    """
+    options, rate = config.optimizer, schedule(config)
+    def learning_rate(count: Array) -> Array:
+        return rate_factor * rate(count)
+    optimizers = {
+        "adam": lambda: optax.adam(learning_rate, options.b1, options.b2, options.eps),
+        "adamw": lambda: optax.adamw(
+            learning_rate, options.b1, options.b2, options.eps, weight_decay=options.weight_decay),
+        "sgd": lambda: optax.sgd(learning_rate),
+    }
+    optimizer = choose(optimizers, options.name, "optimizer.name")()
+    clip = [optax.clip_by_global_norm(options.clip_norm)] if options.clip_norm > 0 else []
+    return optax.chain(*clip, optimizer)
+
+
+def ema_decay(step: Int[Array, ""], decay: float, warmup: bool) -> Float[Array, ""]:
+    """Decay of the update after step number `step` (from 1): ``min(decay, (1 + n) / (10 + n))`` while warming up
+    (the reference's LitEma counts n before using it)."""
+    n = jnp.asarray(step, jnp.float32)
+    return jnp.minimum(decay, (1 + n) / (10 + n)) if warmup else jnp.asarray(decay, jnp.float32)
+
+
+def accumulate(
+    function: Callable[[Any, dict], tuple[Any, Any]], carry: Any, batch: dict, pieces: int
+) -> tuple[Any, Any]:
+    """Runs ``function(carry, piece) -> (carry, values)`` over `pieces` equal cuts of `batch` and averages the values.
+
+    Examples keep their ``index``, so that noise does not depend on the number of pieces.
+    """
+    if pieces == 1:
+        return function(carry, batch)
+    cut = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
+    carry, values = jax.lax.scan(function, carry, cut)
+    return carry, jax.tree.map(lambda x: jnp.mean(x, axis=0), values)

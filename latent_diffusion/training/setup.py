@@ -1,0 +1,254 @@
+"""What differs between the stages, gathered for the one loop: networks, first state, steps, evaluation, pictures.
+
+`autoencoder` and `diffusion` each return a `Setup`; nothing here trains.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from latent_diffusion import conditions, images, models, parallel, pipeline, request, weights
+from latent_diffusion.data import loader
+from latent_diffusion.diffusion import schedule as schedule_lib
+from latent_diffusion.errors import UserError
+from latent_diffusion.training import autoencoder as stage1
+from latent_diffusion.training import diffusion as stage2
+from latent_diffusion.training import first_stage as first_stage_lib
+from latent_diffusion.training import optimizer
+
+Splits = Mapping[str, Any]  # {"train": source, "eval": source}, opened
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where batches come from: the opened sets, and what a batch must hold."""
+
+    config: Any
+    splits: Splits
+    fields: tuple[str, ...]
+    vocabulary: conditions.Vocabulary | None = None
+
+    def train(self, start_step: int) -> Iterator[dict]:
+        """This process's share of the endless, augmented stream, from a step on."""
+        return self._batches("train", start_step=start_step, process_index=jax.process_index(),
+                             process_count=jax.process_count())
+
+    def evaluation(self) -> Iterator[dict]:
+        """This process's share of one pass over the held-out set, at most ``evaluation.max_batches`` batches."""
+        stream = self._batches("eval", process_index=jax.process_index(), process_count=jax.process_count())
+        return itertools.islice(stream, self.config.evaluation.max_batches or None)
+
+    def full_batches(self) -> Iterator[dict]:
+        """`evaluation` without a padded last batch, unless it is the only one. Equally many in every process."""
+        full = len(self.splits["eval"].source) // self.config.training.batch_size
+        return itertools.islice(self.evaluation(), max(1, full))
+
+    def held_out_images(self) -> np.ndarray:
+        """The first ``evaluation.num_images`` held-out images, (n, h, w, c) in [-1, 1], in whatever process."""
+        number = min(self.config.evaluation.num_images, len(self.splits["eval"].source))
+        return next(self._batches("eval", batch_size=number))["image"]
+
+    def _batches(self, split: str, **options: Any) -> Iterator[dict]:
+        return loader.batches(self.config, split, vocabulary=self.vocabulary, fields=self.fields,
+                              source=self.splits[split], **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A stage, ready for the loop. Nothing has been compiled yet, and no weights made but the frozen ones.
+
+    create: makes the state at step 0, on all devices. shapes: its shapes and dtypes. frozen: weights that no step
+    updates, on all devices. step: pmapped ``(state, frozen, batch, key) -> (state, metrics)``. evaluate: ``state ->
+    {name: number}`` over the held-out set, a collective. pictures: ``state -> {name: uint8 (n, h, w, c)}``, in one
+    process. summary: one line from the result of `evaluate`. notes: what to tell the user at the start.
+    """
+
+    models: models.Models
+    create: Callable[[], Any]
+    shapes: Callable[[], Any]
+    frozen: dict
+    data: Data
+    step: Callable
+    evaluate: Callable[[Any], dict[str, float]]
+    pictures: Callable[[Any], dict[str, np.ndarray]]
+    summary: Callable[[dict[str, float]], str]
+    notes: tuple[str, ...] = ()
+
+
+# --- completing a config ---------------------------------------------------------------------------------------------
+
+
+def complete_conditioning(config: Any, workdir: epath.Path, source: Any) -> conditions.Vocabulary | None:
+    """Stage 2: number of classes and vocabulary from the data (or from the workdir when resuming), written into the
+    config. Returns the vocabulary of a text model."""
+    if config.stage != "diffusion":
+        return None
+    options, vocabulary = config.conditioning, None
+    if options.label or options.crossattn == "class":
+        if not source.label_names:
+            raise UserError(f"conditioning needs labels, but data.source={config.data.source} has none; use class "
+                            "sub-folders, a set with labels, or conditioning.label=False")
+        options.num_classes = options.num_classes or len(source.label_names)
+        if options.num_classes < len(source.label_names):
+            raise UserError(f"conditioning.num_classes={options.num_classes} but the data has "
+                            f"{len(source.label_names)} classes")
+    if options.crossattn == "text":
+        if source.captions is None:
+            raise UserError(f"conditioning.crossattn='text' needs captions, but data.source={config.data.source} has "
+                            "none; add a captions.jsonl, or choose another conditioning")
+        saved = workdir / "vocab.txt"
+        if saved.exists():
+            vocabulary = conditions.load_vocabulary(saved)
+        elif options.text.vocab:
+            vocabulary = conditions.bert_vocabulary(options.text.vocab)
+        else:
+            vocabulary = conditions.train_vocabulary(source.captions, options.text.vocab_size)
+        options.text.vocab_size = vocabulary.size
+    return vocabulary
+
+
+# --- stage 1 ---------------------------------------------------------------------------------------------------------
+
+
+def autoencoder(config: Any, workdir: epath.Path, splits: Splits, vocabulary: None) -> Setup:
+    """Stage 1, ready for the loop."""
+    del workdir, vocabulary
+    networks = models.build(config)
+    tx = (optimizer.create(config), optimizer.create(config, rate_factor=config.optimizer.disc_factor))
+    perceptual = config.training.loss.perceptual
+    frozen = parallel.replicate({} if perceptual == "none" else {"lpips": weights.load_lpips(perceptual)})
+    data, key = Data(config, splits, ("image",)), jax.random.key(config.seed)
+    first_step = parallel.pmap_step(stage1.create_state, models=networks, tx=tx, config=config)
+    step = parallel.pmap_step(stage1.train_step, models=networks, schedule=None, tx=tx, config=config)
+    eval_step = parallel.pmap_evaluate(stage1.eval_step, models=networks, config=config)
+
+    def create() -> Any:
+        return first_step(None, frozen, parallel.shard(next(data.train(0))), key)[0]
+
+    def shapes() -> Any:
+        local = (jax.local_device_count(), config.training.batch_size // jax.device_count())
+        size, channels = config.data.image_size, config.data.channels
+        batch = {"image": jax.ShapeDtypeStruct((*local, size, size, channels), np.float32),
+                 "index": jax.ShapeDtypeStruct(local, np.int32)}
+        return jax.eval_shape(first_step, None, frozen, batch, key)[0]
+
+    def evaluate(state: Any) -> dict[str, float]:
+        sums = sum_over_batches(eval_step, state.params, frozen, data.evaluation(), key)
+        means = {name: value / sums["count"] for name, value in sums.items() if name != "count"}
+        std = max(means.pop("latent_square") - means["latent_mean"] ** 2, 0.0) ** 0.5
+        return means | {"latent_std": std, "images": sums["count"]}
+
+    @jax.jit
+    def reconstruct(params: Any, x: jax.Array) -> jax.Array:
+        return stage1.reconstruct_mode(params, x, models=networks, config=config)[0]
+
+    def pictures(state: Any) -> dict[str, np.ndarray]:
+        x = data.held_out_images()
+        y = np.asarray(reconstruct(parallel.to_host(state.params["autoencoder"]), x))
+        pairs = np.stack([images.to_uint8(x), images.to_uint8(y)], axis=1)
+        return {"reconstructions": pairs.reshape(-1, *pairs.shape[2:])}
+
+    def summary(result: dict[str, float]) -> str:
+        lpips = "".join(f", LPIPS ({name[6:]}) {value:.4f}" for name, value in result.items() if name[:6] == "lpips_")
+        return f"held-out PSNR {result['psnr']:.2f} dB{lpips}, latents' std {result['latent_std']:.3f}"
+
+    return Setup(networks, create, shapes, frozen, data, step, evaluate, pictures, summary)
+
+
+# --- stage 2 ---------------------------------------------------------------------------------------------------------
+
+
+def diffusion(config: Any, workdir: epath.Path, splits: Splits, vocabulary: conditions.Vocabulary | None) -> Setup:
+    """Stage 2, ready for the loop; copies the first stage into the workdir the first time."""
+    networks, schedule, tx = models.build(config), schedule_lib.from_config(config.diffusion), optimizer.create(config)
+    key, fields = jax.random.key(config.seed), request.condition_fields(config)
+    label_names = tuple(splits["train"].label_names)
+    asked = sample_conditions(config, splits["train"])
+    request.resolve_settings(config, seed=config.seed)
+    request.resolve_conditions(config, asked.get("prompts"), asked.get("labels"), label_names)
+    first_stage, origin = first_stage_lib.copy_once(config, workdir)
+    frozen = parallel.replicate({"first_stage": first_stage, "null": null_conditions(config, vocabulary)})
+    if config.first_stage.cache:
+        names = {"tokens": "caption"}
+        splits = first_stage_lib.cached_sources(
+            config, networks, frozen, splits, tuple(names.get(name, name) for name in fields))
+    data = Data(config, splits, ("image", *fields), vocabulary)
+    step = parallel.pmap_step(stage2.train_step, models=networks, schedule=schedule, tx=tx, config=config)
+    eval_step = parallel.pmap_evaluate(stage2.eval_step, models=networks, schedule=schedule, config=config)
+
+    @jax.jit
+    def create_state() -> Any:
+        return stage2.create_state(key, models=networks, tx=tx, config=config)
+
+    def create() -> Any:
+        factor = first_stage_lib.measure_scale_factor(config, networks, frozen, data.train(0))
+        return parallel.replicate(create_state().replace(scale_factor=np.float32(factor)))
+
+    def shapes() -> Any:
+        return jax.eval_shape(create_state)
+
+    def evaluate(state: Any) -> dict[str, float]:
+        joined = stage2.sampling_params(state.params, state.ema_params)
+        held = {"params": joined, "scale_factor": state.scale_factor}
+        sums = sum_over_batches(eval_step, held, frozen, data.full_batches(), key)
+        return {name: value / sums["count"] for name, value in sums.items() if name != "count"}
+
+    def pictures(state: Any) -> dict[str, np.ndarray]:
+        params = stage2.sampling_params(state.params, state.ema_params) | {"first_stage": frozen["first_stage"]}
+        ldm = pipeline.LatentDiffusion(
+            config=config, models=networks, schedule=schedule, params=params, vocabulary=vocabulary,
+            scale_factor=float(parallel.to_host(state.scale_factor)), label_names=label_names,
+            step=int(parallel.to_host(state.step)))
+        return {"samples": ldm.sample(**asked, seed=config.seed).images}
+
+    def summary(result: dict[str, float]) -> str:
+        return f"held-out loss {result['loss_simple']:.4f} ({'EMA' if config.ema.decay > 0 else 'raw'} weights)"
+
+    notes = (f"first stage: {origin['source']}, step {origin['step']}, as copied into {workdir}",) if origin else ()
+    return Setup(networks, create, shapes, frozen, data, step, evaluate, pictures, summary, notes)
+
+
+def null_conditions(config: Any, vocabulary: conditions.Vocabulary | None) -> dict[str, np.ndarray]:
+    """The null value of each condition: the tokens of the empty text, the class after the last."""
+    null = {"label": np.asarray(config.conditioning.num_classes, np.int32)}
+    if vocabulary is not None:
+        null["tokens"] = np.asarray(vocabulary.null(config.conditioning.text.max_length)).reshape(-1)
+    return {name: null[name] for name in request.condition_fields(config)}
+
+
+def sample_conditions(config: Any, source: Any) -> dict[str, Any]:
+    """Prompts and labels of the logged grid: the config's, or the first captions (for text models) or all classes
+    (for models without text) of the data."""
+    options, n, fields = config.sampling, config.evaluation.num_images, request.condition_fields(config)
+    chosen: dict[str, Any] = {"num_samples": n}
+    if "tokens" in fields:
+        first = (source.captions[i] for i in range(min(len(source.captions), 20 * n)))
+        if prompts := tuple(options.prompts) or tuple(itertools.islice(dict.fromkeys(filter(None, first)), n)):
+            chosen["prompts"] = repeat(prompts, n)
+    if "label" in fields:
+        labels = tuple(options.labels)
+        droppable = config.conditioning.dropout > 0 or config.conditioning.label_dropout > 0
+        if not labels and not ("tokens" in fields and droppable):
+            labels = tuple(range(config.conditioning.num_classes))
+        if labels:
+            chosen["labels"] = repeat(labels, n)
+    return chosen
+
+
+def repeat(items: tuple, number: int) -> list:
+    """`number` items, in turn."""
+    return [items[i % len(items)] for i in range(number)]
+
+
+def sum_over_batches(step: Callable, params: Any, frozen: dict, stream: Iterator[dict], key: Any) -> dict[str, float]:
+    """Adds up a pmapped evaluation's sums over a stream."""
+    totals: dict[str, float] = {}
+    for batch in stream:
+        sums = parallel.to_host(step(params, frozen, parallel.shard(batch), key))
+        totals = {name: totals.get(name, 0.0) + float(value) for name, value in sums.items()}
+    return totals

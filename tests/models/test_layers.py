@@ -1,0 +1,230 @@
+"""Blocks against closed forms computed in float64 with numpy."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from latent_diffusion.errors import UserError
+from latent_diffusion.models import layers
+
+
+def _normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def _float64(tree):
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+def _init(module, *inputs, seed=0):
+    """The module's own initial parameters, in float32."""
+    init = jax.jit(module.init, compiler_options={"xla_backend_optimization_level": 0})
+    return init(jax.random.key(seed, impl="unsafe_rbg"), *inputs)["params"]
+
+
+def _random(module, *inputs, seed=0):
+    """Random parameters, those that start at zero included."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape), jnp.float32), shapes)
+
+
+def _softmax_attention(q, k, v):
+    """One head, one example: (T, D), (S, D), (S, D)."""
+    logits = q @ k.T / math.sqrt(q.shape[-1])
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True) @ v
+
+
+def _group_norm(x, params, eps, groups):
+    b, h, w, c = x.shape
+    x = x.reshape(b, h * w, groups, c // groups)
+    x = (x - x.mean(axis=(1, 3), keepdims=True)) / np.sqrt(x.var(axis=(1, 3), keepdims=True) + eps)
+    return x.reshape(b, h, w, c) * params["scale"] + params["bias"]
+
+
+def test_timestep_embedding():
+    t = [0, 1, 999]
+    actual = layers.timestep_embedding(jnp.asarray(t), 8)
+    for row, step in zip(actual, t, strict=True):
+        angles = [step * 10000 ** (-i / 4) for i in range(4)]
+        np.testing.assert_allclose(row, [*map(math.cos, angles), *map(math.sin, angles)], atol=1e-4)
+    odd = layers.timestep_embedding(jnp.asarray(t), 9)
+    np.testing.assert_array_equal(odd[:, :8], actual)
+    np.testing.assert_array_equal(odd[:, 8], 0)
+
+
+def test_attention():
+    q, k, v = _normal(0, 2, 5, 3, 4), _normal(1, 2, 6, 3, 4), _normal(2, 2, 6, 3, 4)
+    actual = layers.attention(q, k, v)
+    q, k, v = _float64((q, k, v))
+    for b in range(2):
+        for n in range(3):
+            np.testing.assert_allclose(
+                actual[b, :, n], _softmax_attention(q[b, :, n], k[b, :, n], v[b, :, n]), atol=1e-6
+            )
+
+
+def test_attention_kernel_choice(monkeypatch):
+    def eligible(dtype, width, keys=64):
+        return layers._cudnn_eligible(jnp.zeros((1, 64, 1, width), dtype), jnp.zeros((1, keys, 1, width), dtype))
+
+    assert not eligible(jnp.bfloat16, 64)  # no GPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert eligible(jnp.bfloat16, 64) and eligible(jnp.bfloat16, 40)
+    assert not eligible(jnp.float32, 64)
+    assert not eligible(jnp.bfloat16, 36)
+    assert not eligible(jnp.bfloat16, 384)  # cin256-v2's single head
+    assert not eligible(jnp.bfloat16, 64, keys=1)  # a class: softmax over one key
+    monkeypatch.setenv("LATENT_DIFFUSION_ATTENTION", "xla")
+    assert not eligible(jnp.bfloat16, 64)
+
+
+class _Norm(nn.Module):
+    eps: float
+    dtype: layers.Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        return layers.group_norm(x, "norm", eps=self.eps, dtype=self.dtype)
+
+
+@pytest.mark.parametrize(("eps", "scale", "mean"), [(1e-5, 3e-3, 0.0), (1e-6, 1e-3, 0.0), (1e-6, 1.0, 1000.0)])
+def test_group_norm(eps, scale, mean):
+    # Deviations near sqrt(eps) show which epsilon it is; a mean of 1000 breaks the one-pass variance.
+    x = mean + scale * _normal(0, 2, 4, 4, 64)
+    params = _random(_Norm(eps), x)
+    expected = _group_norm(*_float64((x, params["norm"])), eps, groups=32)
+    np.testing.assert_allclose(_Norm(eps).apply({"params": params}, x), expected, atol=1e-3 if mean else 1e-5)
+
+
+def test_group_norm_of_narrow_and_half_precision_inputs():
+    x = _normal(0, 2, 3, 3, 24)
+    params = _random(_Norm(1e-5), x)
+    expected = _group_norm(*_float64((x, params["norm"])), 1e-5, groups=8)
+    np.testing.assert_allclose(_Norm(1e-5).apply({"params": params}, x), expected, atol=1e-5)
+    half = _Norm(1e-5, jnp.bfloat16).apply({"params": params}, x)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), expected, atol=0.02)  # rounded once, at the end
+
+
+class _Affine(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        flat = x.reshape(x.shape[0], -1, x.shape[-1])
+        return layers.conv(x, 64, "conv"), layers.conv1x1(flat, 64, "conv1x1"), layers.dense(x, 64, "dense")
+
+
+def test_initial_values_are_those_of_torch():
+    params = _init(_Affine(), jnp.zeros((1, 4, 4, 32)))
+    for name, fan_in in (("conv", 9 * 32), ("conv1x1", 32), ("dense", 32)):
+        for leaf in params[name].values():
+            values = np.asarray(leaf) * math.sqrt(fan_in)  # uniform in [-1, 1]: standard deviation 1/sqrt(3)
+            assert 0.9 < np.abs(values).max() <= 1 + 1e-6
+            assert abs(values.std() - 1 / math.sqrt(3)) < 0.1
+            assert abs(values.mean()) < 0.2
+
+
+def test_resampling():
+    x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    np.testing.assert_array_equal(layers.downsample_mean(x)[0, :, :, 0], [[2.5, 4.5], [10.5, 12.5]])
+    up = layers.upsample_nearest(x)[0, :, :, 0]
+    np.testing.assert_array_equal(up, np.kron(np.asarray(x[0, :, :, 0]), np.ones((2, 2))))
+    # 3x3, stride 2, padding 1 on every side: how many pixels each window of a picture of ones holds
+    ones = jnp.ones((1, 4, 4, 1))
+    params = {"op": {"kernel": jnp.ones((3, 3, 1, 1)), "bias": jnp.zeros(1)}}
+    down = layers.Downsample().apply({"params": params}, ones)
+    np.testing.assert_array_equal(down[0, :, :, 0], [[4, 6], [6, 9]])
+    assert not layers.Downsample(with_conv=False).init(jax.random.key(0), ones)
+    assert not layers.Upsample(with_conv=False).init(jax.random.key(0), ones)
+
+
+@pytest.mark.parametrize(("resample", "change"), [("up", layers.upsample_nearest), ("down", layers.downsample_mean)])
+def test_new_residual_block_is_its_skip_connection(resample, change):
+    x, emb = _normal(0, 2, 4, 4, 16), _normal(1, 2, 8)
+    block = layers.ResBlock(16, resample=resample)
+    np.testing.assert_array_equal(block.apply({"params": _init(block, x, emb)}, x, emb), change(x))
+
+
+def test_scale_and_shift_of_residual_block():
+    # After a first convolution of zeros the second norm returns its bias: the block is x + W silu(b (1 + s) + t) + d.
+    x, emb = _normal(0, 2, 2, 2, 8), _normal(1, 2, 4)
+    block = layers.ResBlock(8, use_scale_shift_norm=True)
+    params = _random(block, x, emb)
+    params["in_layers_2"] = jax.tree.map(jnp.zeros_like, params["in_layers_2"])
+    last = params["out_layers_3"]
+    center = jnp.zeros_like(last["kernel"]).at[1, 1].set(last["kernel"][1, 1])  # no neighbors
+    params["out_layers_3"] = last | {"kernel": center}
+    actual = block.apply({"params": params}, x, emb)
+
+    x, emb, p = _float64((x, emb, params))
+    silu = lambda a: a / (1 + np.exp(-a))  # noqa: E731
+    scale_shift = silu(emb) @ p["emb_layers_1"]["kernel"] + p["emb_layers_1"]["bias"]
+    h = p["out_layers_0"]["bias"] * (1 + scale_shift[:, :8]) + scale_shift[:, 8:]
+    h = silu(h) @ p["out_layers_3"]["kernel"][1, 1] + p["out_layers_3"]["bias"]
+    np.testing.assert_allclose(actual, x + h[:, None, None, :], atol=1e-5)
+
+
+def test_dropout_of_residual_block():
+    x, emb = _normal(0, 1, 16, 16, 8), _normal(1, 1, 4)
+    params = _random(layers.ResBlock(8), x, emb)
+    keep = layers.ResBlock(8, dropout=0.25)
+    kernel = params["out_layers_3"]["kernel"]
+    params["out_layers_3"] = {"kernel": jnp.zeros_like(kernel).at[1, 1].set(jnp.eye(8)), "bias": jnp.zeros(8)}
+    full = layers.ResBlock(8).apply({"params": params}, x, emb) - x
+    some = keep.apply({"params": params}, x, emb, rngs={"dropout": jax.random.key(0)}) - x
+    kept = np.abs(some) > 1e-6
+    assert abs(kept.mean() - 0.75) < 0.04  # 2048 values: standard error 0.01
+    np.testing.assert_allclose(some[kept], full[kept] / 0.75, atol=1e-4)
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+def test_attention_block(new_order):
+    x, heads, c = _normal(0, 2, 2, 3, 8), 2, 8
+    block = layers.AttentionBlock(heads, new_order)
+    params = _random(block, x)
+    actual = block.apply({"params": params}, x)
+
+    x, p = _float64((x, params))
+    h = _group_norm(x, p["norm"], 1e-5, groups=8).reshape(2, 6, c)
+    qkv = h @ p["qkv"]["kernel"][0] + p["qkv"]["bias"]
+    qkv = qkv.reshape(2, 6, 3, heads, 4) if new_order else qkv.reshape(2, 6, heads, 3, 4).swapaxes(2, 3)
+    h = np.stack(
+        [
+            np.concatenate([_softmax_attention(*qkv[b, :, :, n].swapaxes(0, 1)) for n in range(heads)], axis=-1)
+            for b in range(2)
+        ]
+    )
+    h = h @ p["proj_out"]["kernel"][0] + p["proj_out"]["bias"]
+    np.testing.assert_allclose(actual, x + h.reshape(x.shape), atol=1e-5)
+
+
+def test_feed_forward_gates_with_the_exact_gelu():
+    x = _normal(0, 2, 3, 4)
+    params = _random(layers.GEGLUFeedForward(), x)
+    actual = layers.GEGLUFeedForward().apply({"params": params}, x)
+    x, p = _float64((x, params))
+    h = x @ p["net_0_proj"]["kernel"] + p["net_0_proj"]["bias"]
+    value, gate = h[..., :16], h[..., 16:]
+    h = value * gate * 0.5 * (1 + erf(gate / math.sqrt(2)))
+    np.testing.assert_allclose(actual, h @ p["net_2"]["kernel"] + p["net_2"]["bias"], rtol=1e-5, atol=1e-5)
+
+
+def test_new_spatial_transformer_is_the_identity():
+    x, context = _normal(0, 1, 2, 2, 8), _normal(1, 1, 3, 5)
+    block = layers.SpatialTransformer(heads=2, head_dim=3)  # inner width 6, apart from the 8 channels
+    params = _init(block, x, context)
+    assert params["proj_in"]["kernel"].shape == (1, 1, 8, 6)
+    np.testing.assert_array_equal(block.apply({"params": params}, x, context), x)
+
+
+def test_unknown_names_list_the_choices():
+    with pytest.raises(UserError, match="none, dots, full"):
+        layers.remat(layers.ResBlock, "all")
+    with pytest.raises(UserError, match="float32, bfloat16"):
+        layers.compute_dtype("float16")

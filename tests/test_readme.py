@@ -1,0 +1,171 @@
+"""What the documents say exists: commands, flags, config names and keys, files and links. Nothing is trained here."""
+
+import argparse
+import functools
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from latent_diffusion import config as config_lib
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCSTRINGS = [ROOT / "sample.py", *sorted((ROOT / "configs").glob("*.py"))]  # they show commands too
+STAND_INS = re.compile(r"\b[A-Z]{2,}\b")  # DIR, SET, AE: for the reader to replace
+
+
+def commands(path: Path) -> list[str]:
+    """The shell commands of a document: lines of code blocks, or indented ones, that start with a program we know."""
+    text = re.sub(r"\\+\n\s*", " ", path.read_text())
+    return [line.split(" #")[0].strip().removesuffix("`") for line in text.splitlines()
+            if re.match(r"\s*`?(python (train|sample)\.py|make |pip install|tensorboard )", line)]
+
+
+def documented(program: str) -> list[pytest.param]:
+    found = [(path, line) for path in [*DOCUMENTS, *DOCSTRINGS] for line in commands(path)]
+    return [pytest.param(line, id=f"{path.name}:{line[:90]}") for path, line in found if line.startswith(program)]
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def train_config(arguments: list[str]):
+    """The config of a train.py command line, with all other flags parsed as train.py defines them."""
+    names = re.findall(r'= flags\.DEFINE_(\w+)\("(\w+)"', (ROOT / "train.py").read_text())
+    argv, values = ["train.py", *arguments], flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
+    for kind, name in names:
+        getattr(flags, f"DEFINE_{kind}")(name, None, "", flag_values=values)
+    assert {"workdir", "coordinator", "process_id"} <= {name for _, name in names}
+    rest = values(argv)
+    assert rest == ["train.py"], f"not a flag: {rest[1:]}"
+    assert values["workdir"].value, "--workdir is missing"
+    return config.value
+
+
+@pytest.mark.parametrize("line", documented("python train.py"))
+def test_train_commands_name_configs_that_exist(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    line = line.split(" && ")[0]
+    if "configs/NAME.py" in line or "configs/X.py" in line:
+        pytest.skip("shows the grammar")
+    config = train_config(shlex.split(line)[2:])
+    with config.unlocked():
+        if config.stage == "diffusion":
+            assert config.first_stage.workdir or config.first_stage.model.kind == "identity"
+            fill_sizes(config)
+        config.data.name = config.data.name or "set"
+    config_lib.validate(config)
+
+
+def fill_sizes(config) -> None:
+    """What `first_stage.complete_config` does, for the first stage that fits the UNet's depth."""
+    small = config.model.model_channels < 128
+    config.first_stage.model.ch_mult = (1, 2, 4) if small else config.first_stage.model.ch_mult
+    for key in ("in_channels", "out_channels"):
+        config.first_stage.model[key] = config.data.channels
+        config.model[key] = config.first_stage.model.embed_dim
+    factor = 2 ** (len(config.first_stage.model.ch_mult) - 1)
+    config.model.image_size = config.data.image_size // factor
+
+
+@pytest.mark.parametrize("line", documented("python sample.py"))
+def test_sample_commands_parse(line):
+    parsed = load(ROOT / "sample.py").parse(shlex.split(line)[2:] + (["--workdir", "DIR"] if "--help" in line else []))
+    assert isinstance(parsed, argparse.Namespace)
+
+
+@pytest.mark.parametrize("line", documented("make") + documented("pip install"))
+def test_make_targets_and_requirements_exist(line):
+    makefile = (ROOT / "Makefile").read_text()
+    for part in line.split(" && "):
+        words = shlex.split(part)
+        if words[0] == "make":
+            assert re.search(rf"^{re.escape(words[1])}:", makefile, re.MULTILINE), part
+        for flag, name in zip(words, words[1:], strict=False):
+            if flag == "-r":
+                assert (ROOT / name).exists(), part
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def defaults() -> tuple[dict, dict]:
+    return tuple(config_lib.flatten(make()) for make in (
+        config_lib.autoencoder_defaults, config_lib.diffusion_defaults))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_config_keys_in_the_text_exist(path):
+    known = {key for flat in defaults() for key in flat}
+    sections = {key.split(".")[0] for key in known if "." in key}
+    text = path.read_text()
+    mentioned = set(re.findall(r"--config\.([\w.]+)=", text)) - {"section.key", "x.y"}
+    for words in re.findall(r"`([^`\n]+)`", text):
+        mentioned |= {key for key in re.findall(r"(?<![\w./-])([a-z_]+(?:\.[a-z_]\w*)+)", words)
+                      if key.split(".")[0] in sections and not key.endswith((".py", ".md"))}
+    unknown = {key for key in mentioned if key not in known and not any(k.startswith(key + ".") for k in known)}
+    assert not unknown
+
+
+def test_table_of_keys_is_complete_and_right():
+    table = {}
+    for line in (ROOT / "docs" / "configs.md").read_text().splitlines():
+        if row := re.match(r"\| `([\w.]+)` \| (`.*`) \| ([12]?) ?\| ", line):
+            table[row[1]] = ([eval(value) for value in re.findall(r"`([^`]+)`", row[2])], row[3])
+    first, second = ({key: value for key, value in flat.items() if not key.startswith("first_stage.model.")}
+                     for flat in defaults())
+    assert set(table) == {*first, *second}
+    for key, (values, stage) in table.items():
+        if key.split(".")[0] == "model" and stage:  # one name in two networks: the table of its own stage
+            assert values == [(first if stage == "1" else second).get(key)] or key in {*first} & {*second}, key
+        else:
+            both = [flat[key] for flat in (first, second) if key in flat]
+            wanted = both if stage == "" and len(set(map(repr, both))) > 1 else [both[-1 if stage == "2" else 0]]
+            assert values == wanted, key
+
+
+def test_modifiers_arguments_and_variants_in_the_text_exist():
+    modules = {path: load(path) for path in sorted((ROOT / "configs").glob("*.py"))}
+    readme, table = DOCUMENTS[0].read_text(), (ROOT / "docs" / "configs.md").read_text()
+    for path, module in modules.items():
+        row = next(line for line in readme.splitlines() if line.startswith(f"| `configs/{path.name}`"))
+        assert re.findall(r"`([^`]+)`", row)[1:] == list(module.VARIANTS)
+        for word in re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)[:3]:
+            assert module.get_config(word).is_locked  # a modifier
+    arguments = {name for module in modules.values() for name in module.ARGUMENTS}
+    assert set(re.findall(r"^\| `(\w+)=\w+` \|", table, re.MULTILINE)) == arguments
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if not target.startswith(("http", "#")):
+            file, _, anchor = target.partition("#")
+            assert (path.parent / file).exists(), target
+            if anchor:
+                titles = re.findall(r"^#+ (.+)$", (path.parent / file).read_text(), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, target
+
+
+def test_files_named_in_the_layout_exist():
+    for path in (ROOT / "README.md", ROOT / "docs" / "architecture.md"):
+        layout = next(block for block in path.read_text().split("```")[1::2] if "\nlatent_diffusion/\n" in block)
+        for line in layout.strip().splitlines():
+            names = re.split(r"\s{2,}", line.strip())[0]
+            inside = "latent_diffusion" if line.startswith("  ") else ""
+            for name in names.replace(",", "").split() if "{" not in names else ():
+                assert (ROOT / inside / name).exists() or (ROOT / name).exists(), name

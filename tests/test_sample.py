@@ -1,0 +1,180 @@
+"""sample.py as a user calls it: the files it writes, and one clear line for every mistake."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latent_diffusion import checkpoint, pipeline
+from latent_diffusion import config as config_lib
+from tests import tiny_models
+
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("sample", ROOT / "sample.py")
+sample = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sample)
+
+
+@pytest.fixture(scope="module")
+def workdirs(tmp_path_factory):
+    """Stage-2 workdirs by kind of conditioning, one of stage 1 and two without a checkpoint."""
+    root = tmp_path_factory.mktemp("workdirs")
+    for kind in ("none", "class", "both"):
+        (root / kind).mkdir()
+        tiny_models.save(tiny_models.model(kind), root / kind)
+    for name, config in (("stage1", config_lib.autoencoder_defaults()), ("untrained", tiny_models.config("none")),
+                         ("text", tiny_models.config("text"))):
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(config_lib.to_json(config))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _compile_cache_of_the_tests(monkeypatch):
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+
+
+def test_prompts_in_titled_parts(workdirs, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# Seen in training\nred apple\nflag of japan\n\n# Held out\ngreen heart\n")
+    out = tmp_path / "out"
+    arguments = ["--workdir", str(workdirs / "both"), "--prompts_file", str(prompts), "--labels", "hearts, all colors",
+                 "--num_samples", "4", "--seed", "3", "--batch_size", "2", "--output", str(out)]
+    assert sample.main(arguments) == 0
+    names = [f"{i:06d}.png" for i in range(4)]
+    assert sorted(path.name for path in out.iterdir()) == [*names, "samples.npz", "samples.png"]
+
+    expected = pipeline.LatentDiffusion.from_workdir(workdirs / "both").sample(
+        ["red apple", "flag of japan", "green heart"], [3], num_samples=4, seed=3, batch_size=2)
+    written = np.stack([np.asarray(Image.open(out / name)) for name in names])
+    np.testing.assert_array_equal(written, expected.images)
+    stored = np.load(out / "samples.npz")
+    np.testing.assert_array_equal(stored["arr_0"], written)
+    np.testing.assert_array_equal(stored["arr_1"], [3, 3, 3, 3])
+
+    assert Image.open(out / names[3]).text == {
+        "Software": "latent_diffusion", "prompt": "red apple", "label": "3", "label_name": "hearts, all colors",
+        "workdir": str(workdirs / "both"), "step": "7", "seed": "3", "sampler": "ddim", "steps": "3",
+        "guidance_scale": "2.0", "eta": "0.0", "size": "16,16", "index": "3"}
+    parts = sample.plan(sample.parse(arguments), tiny_models.config("both"))
+    assert parts["titles"] == ["Seen in training", "Seen in training", "Held out"]
+    printed = capsys.readouterr().out
+    assert "4 pictures" in printed and str(out / "samples.png") in printed
+
+
+def test_unconditional_defaults(workdirs, tmp_path):
+    out = tmp_path / "out"
+    assert sample.main(["--workdir", str(workdirs / "none"), "--steps", "1", "--no-npz", "--output", str(out)]) == 0
+    assert len(list(out.iterdir())) == 16 + 1 and not (out / "samples.npz").exists()
+    assert "label" not in Image.open(out / "000015.png").text
+
+
+def test_every_class_by_default(workdirs, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for stale in ("000007.png", "samples.npz", "mine.txt"):
+        (out / stale).write_text("old")
+    assert sample.main(["--workdir", str(workdirs / "class"), "--num_samples", "6", "--steps", "1", "--guidance_scale",
+                        "1", "--output", str(out), "--overwrite"]) == 0
+    np.testing.assert_array_equal(np.load(out / "samples.npz")["arr_1"], [0, 1, 2, 3, 0, 1])
+    assert Image.open(out / "000005.png").text["label_name"] == "flags"
+    assert not (out / "000007.png").exists(), "pictures of an earlier run lie among the new ones"
+    assert (out / "mine.txt").read_text() == "old"
+
+
+MISTAKES = [
+    ("none", ["--sampler", "plms"], "sampler: unknown value 'plms'; choose from ddpm, ddim"),
+    ("none", ["--steps", "0"], "steps=0 must lie between 1 and 20"),
+    ("none", ["--steps", "21"], "steps=21 must lie between 1 and 20"),
+    ("none", ["--steps", "x"], "argument --steps: invalid int value: 'x'"),
+    ("none", ["--size", "18,30"], "the nearest size is 16,32"),
+    ("none", ["--size", "big"], "argument --size: 'big' is not H,W"),
+    ("none", ["--prompt", "a"], "takes no text"),
+    ("class", ["--prompt", "a"], "takes no text; sample it without prompts, with labels"),
+    ("none", ["--labels", "1"], "has no classes"),
+    ("text", ["--labels", "1"], "has no classes; sample it without labels, with prompts"),
+    ("class", ["--labels", "1,9"], "unknown label '9'; choose from: 0 food, 1 flags"),
+    ("class", ["--labels", ""], "unknown label ''"),
+    ("text", ["--prompt", " "], "empty prompt"),
+    ("text", ["--prompts_file", "nowhere.txt"], "--prompts_file nowhere.txt does not exist"),
+    ("text", ["--prompt", "a", "--prompt", "b", "--num_samples", "1"], "--num_samples 1 is less than the 2 prompts"),
+    ("none", ["--num_samples", "0"], "--num_samples 0 must be 1 or more"),
+    ("none", ["--batch_size", "0"], "--batch_size 0 must be 1 or more"),
+    ("none", ["--columns", "0"], "--columns 0 must be 1 or more"),
+    ("none", ["--seed", "-1"], "seed=-1 must lie between 0 and"),
+    ("none", ["--step", "5"], "no checkpoint of step 5; there are 7"),
+    ("none", ["--bogus"], "unrecognized arguments: --bogus"),
+    ("nowhere", [], "does not exist"),
+    ("stage1", [], "holds an autoencoder (stage 1); give the workdir of a stage-2 run"),
+    ("untrained", [], "holds no complete checkpoint"),
+    (".", [], "has no config.json"),
+]
+
+
+@pytest.mark.parametrize("kind, arguments, message", MISTAKES)
+def test_mistakes_are_one_line(workdirs, tmp_path, capsys, monkeypatch, kind, arguments, message):
+    monkeypatch.setattr(pipeline, "_compiled", None)  # nothing is compiled before a mistake is found
+    try:
+        code = sample.main(["--workdir", str(workdirs / kind), "--output", str(tmp_path / "out"), *arguments])
+    except SystemExit as caught:
+        code = caught.code
+    said = capsys.readouterr()
+    assert code == 2 and said.out == ""
+    assert message in said.err and said.err.startswith("sample.py: error: ") and said.err.count("\n") == 1
+
+
+def test_output_with_other_files_is_refused(workdirs, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert sample.main(["--workdir", str(workdirs / "none"), "--output", str(tmp_path)]) == 2
+    assert f"--output {tmp_path} is not empty (it holds notes.txt)" in capsys.readouterr().err
+    assert sample.main(["--workdir", str(workdirs / "none"), "--output", str(tmp_path / "notes.txt")]) == 2
+    assert "cannot be used" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_latents_that_are_not_finite(tmp_path, capsys):
+    ldm = tiny_models.model("none")
+    ldm.params["unet"]["out_2"]["bias"][0] = np.nan
+    tiny_models.save(ldm, tmp_path)
+    assert sample.main(["--workdir", str(tmp_path), "--steps", "1", "--num_samples", "16"]) == 2
+    assert "latents of picture 0 are not finite" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_debug_shows_where(workdirs):
+    with pytest.raises(sample.UserError):
+        sample.main(["--workdir", str(workdirs / "stage1"), "--debug"])
+
+
+def test_damaged_checkpoint_is_one_line(tmp_path, capsys):
+    tiny_models.save(tiny_models.model("none"), tmp_path)
+    for path in (tmp_path / checkpoint.CHECKPOINTS / "7" / "params").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    assert sample.main(["--workdir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_interrupt_ends_at_once_with_130(workdirs, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "sample.py"), "--workdir", str(workdirs / "none"), "--steps", "20", "--sampler",
+         "ddpm", "--num_samples", "100000", "--output", str(tmp_path / "out")],
+        stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background inherits "ignore"
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "out").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert b"interrupted" in error and b"Traceback" not in error

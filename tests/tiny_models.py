@@ -1,0 +1,80 @@
+"""Tiny latent diffusion models with random weights, in memory and as workdirs, for the tests of sampling."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_diffusion import checkpoint, conditions, models
+from latent_diffusion import config as config_lib
+from latent_diffusion.diffusion import schedule as schedule_lib
+from latent_diffusion.pipeline import LatentDiffusion
+
+CAPTIONS = ["red apple", "green apple", "flag of japan", "grinning face", "red heart"]
+LABELS = ("food", "flags", "faces", "hearts, all colors")
+SCALE_FACTOR = 0.7
+
+
+def config(kind: str, **conditioning):
+    """`kind`: "none", "class", "text" or "both" (text by cross-attention, class added to the time embedding)."""
+    c = config_lib.diffusion_defaults()
+    text = kind in ("text", "both")
+    with c.unlocked():
+        c.data.update(source="memory", image_size=16)
+        c.first_stage.model.update(ch=32, ch_mult=(1, 1), num_res_blocks=0, attn_type="none", resolution=16)
+        c.model.update(
+            image_size=8, model_channels=32, channel_mult=(1, 1), num_res_blocks=1, attention_resolutions=(),
+            num_heads=2, use_spatial_transformer=text, context_dim=16 if text else 0)
+        c.conditioning.update(
+            crossattn="text" if text else "none", label=kind in ("class", "both"), num_classes=len(LABELS), width=16)
+        c.conditioning.text.update(vocab_size=60, max_length=8, layers=1, heads=2, head_dim=8)
+        c.conditioning.update(conditioning)
+        c.diffusion.timesteps = 20
+        c.sampling.update(steps=3, guidance_scale=2.0 if kind != "none" else 1.0)
+    return c
+
+
+def random_params(networks: models.Models, c, seed: int = 0) -> dict:
+    """Every leaf random, those of zero-initialized layers too, so that the output depends on all inputs."""
+    key, z, t = jax.random.key(0), jnp.zeros((1, 8, 8, 4)), jnp.zeros((1,), jnp.int32)
+    inputs, shapes = {}, {}
+    if networks.conditioner is not None:
+        tokens = jnp.zeros((1, c.conditioning.text.max_length), jnp.int32)
+        shapes["conditioner"] = jax.eval_shape(networks.conditioner.init, key, tokens)["params"]
+        inputs["context"] = jnp.zeros((1, 8, 16))
+    if c.conditioning.label:
+        inputs["label"] = jnp.zeros((1,), jnp.int32)
+    shapes["unet"] = jax.eval_shape(networks.unet.init, key, z, t, **inputs)["params"]
+    shapes["first_stage"] = jax.eval_shape(networks.first_stage.init, key, jnp.zeros((1, 16, 16, 3)))["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        noise, name = rng.standard_normal(leaf.shape, np.float32), path[-1].key
+        if name == "kernel":
+            return noise / np.float32(np.sqrt(np.prod(leaf.shape[:-1])))
+        return noise if name == "embedding" else (name == "scale") + np.float32(0.1) * noise
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def model(kind: str, seed: int = 0, **conditioning) -> LatentDiffusion:
+    c = config(kind, **conditioning)
+    networks = models.build(c)
+    return LatentDiffusion(
+        config=c, models=networks, schedule=schedule_lib.from_config(c.diffusion),
+        params=random_params(networks, c, seed), scale_factor=SCALE_FACTOR,
+        vocabulary=conditions.train_vocabulary(CAPTIONS, 60) if c.conditioning.crossattn == "text" else None,
+        label_names=LABELS if c.conditioning.label else (), step=7)
+
+
+def save(ldm: LatentDiffusion, workdir, *, ema: dict | None = None) -> None:
+    """Writes a workdir as training does."""
+    params = {name: tree for name, tree in ldm.params.items() if name != "first_stage"}
+    (workdir / "config.json").write_text(config_lib.to_json(ldm.config))
+    if ldm.vocabulary is not None:
+        ldm.vocabulary.save(workdir / "vocab.txt")
+    if ldm.label_names:
+        conditions.save_labels(workdir / "labels.txt", ldm.label_names)
+    checkpoint.save_frozen(workdir, {"autoencoder": ldm.params["first_stage"]}, {})
+    manager = checkpoint.open_manager(workdir)
+    checkpoint.save(manager, ldm.step, {"params": params, "ema": ema or {}}, {"scale_factor": ldm.scale_factor})
+    manager.close()

@@ -1,0 +1,143 @@
+"""Tiny runs of both stages: configs, states and steps, for the tests of training. As a program, ``python tiny_runs.py
+FILE`` writes the parameters after a few steps on however many devices there are."""
+
+import functools
+import importlib.util
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from latent_diffusion import models, parallel
+from latent_diffusion.diffusion import schedule as schedule_lib
+from latent_diffusion.training import autoencoder as stage1
+from latent_diffusion.training import diffusion as stage2
+from latent_diffusion.training import optimizer
+
+ROOT = pathlib.Path(__file__).parent.parent
+BATCH, SIZE = 8, 16
+
+
+def get_config(name: str, argument: str):
+    spec = importlib.util.spec_from_file_location(f"configs_{name}", ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument)
+
+
+def autoencoder_config(kind: str = "kl", **loss):
+    """Stage 1 with plain SGD, so that a step's change of the parameters is its gradient."""
+    config = get_config(f"autoencoder_{kind}", "smoke")
+    with config.unlocked():
+        config.data.image_size = SIZE
+        config.model.norm_groups = 8  # with one channel a group, biases before a norm would have no gradient
+        config.optimizer.update(dict(name="sgd", learning_rate=1e-4, scale_lr=False))
+        config.training.loss.update({"disc_start": 0, **loss})
+    return config
+
+
+def diffusion_config(**sections):
+    """Stage 2, text and class, with plain SGD, on latents of the stage-1 config."""
+    config = get_config("ldm_text", "smoke")
+    with config.unlocked():
+        config.data.image_size = SIZE
+        config.first_stage.model.update(autoencoder_config().model)
+        config.model.update(dict(image_size=SIZE // 2, in_channels=3, out_channels=3, channel_mult=(1,),
+                                 attention_resolutions=(1,)))
+        config.conditioning.update(dict(label=True, num_classes=5))
+        config.conditioning.text.vocab_size = 50
+        config.optimizer.update(dict(name="sgd", learning_rate=0.1, scale_lr=False, warmup_steps=0))
+        for section, values in sections.items():
+            config[section].update(values)
+    return config
+
+
+def image_batch(batch: int = BATCH) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {"image": rng.uniform(-1, 1, (batch, SIZE, SIZE, 3)).astype(np.float32),
+            "index": np.arange(100, 100 + batch, dtype=np.int32)}
+
+
+def latent_batch(batch: int = BATCH) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    shape = (batch, SIZE // 2, SIZE // 2, 3)
+    return {"latent_mean": rng.standard_normal(shape).astype(np.float32),
+            "latent_std": rng.uniform(0.1, 0.2, shape).astype(np.float32),
+            "tokens": rng.integers(4, 50, (batch, 8)).astype(np.int32),
+            "label": rng.integers(0, 5, batch).astype(np.int32),
+            "index": np.arange(100, 100 + batch, dtype=np.int32)}
+
+
+NULL = {"tokens": np.array([2, 3, 0, 0, 0, 0, 0, 0], np.int32), "label": np.array(5, np.int32)}
+
+
+@functools.cache
+def _networks(json: str):
+    from latent_diffusion import config as config_lib
+    return models.build(config_lib.from_json(json))
+
+
+def networks(config) -> models.Models:
+    from latent_diffusion import config as config_lib
+    return _networks(config_lib.to_json(config))
+
+
+def autoencoder_run(config, batch=None):
+    """(first state, pmapped step) of stage 1."""
+    tx = (optimizer.create(config), optimizer.create(config))
+    static = dict(models=networks(config), tx=tx, config=config)
+    sharded = parallel.shard(image_batch() if batch is None else batch)
+    state, _ = parallel.pmap_step(stage1.create_state, **static)(None, {}, sharded, jax.random.key(0))
+    return state, parallel.pmap_step(stage1.train_step, schedule=None, **static)
+
+
+def random_state(config):
+    """A first state of stage 2 with every parameter random: nothing is hidden by a zero-initialized layer, and nothing
+    has to be compiled for it."""
+    tx, rng = optimizer.create(config), np.random.default_rng(3)
+    shapes = jax.eval_shape(
+        functools.partial(stage2.create_state, models=networks(config), tx=tx, config=config), jax.random.key(0))
+
+    def draw(path, leaf):
+        return (path[-1].key == "scale") + 0.1 * rng.standard_normal(leaf.shape, np.float32)
+
+    params = jax.tree_util.tree_map_with_path(draw, dict(shapes.params))
+    if "logvar" in params:
+        params["logvar"] = np.full(shapes.params["logvar"].shape, config.diffusion.logvar_init, np.float32)
+    ema_params = jax.tree.map(np.copy, stage2.averaged_subset(params, config)) if config.ema.decay > 0 else {}
+    return shapes.replace(step=np.zeros((), np.int32), params=params, ema_params=ema_params,
+                          opt_state=tx.init(params), scale_factor=np.ones((), np.float32))
+
+
+def diffusion_run(config):
+    """(first state, pmapped step) of stage 2."""
+    static = dict(models=networks(config), tx=optimizer.create(config), config=config)
+    schedule = schedule_lib.from_config(config.diffusion)
+    return parallel.replicate(random_state(config)), parallel.pmap_step(stage2.train_step, schedule=schedule, **static)
+
+
+def advance(state, step, batch, frozen, steps: int):
+    """State and list of metrics after some steps on one batch."""
+    frozen, sharded, metrics = parallel.replicate(frozen), parallel.shard(batch), []
+    for _ in range(steps):
+        state, values = step(state, frozen, sharded, jax.random.key(7))
+        metrics.append(jax.device_get(jax.block_until_ready(values)))
+    return state, metrics
+
+
+def run_both_stages(steps: int = 2) -> dict[str, np.ndarray]:
+    """Every parameter and loss after a few steps of both stages, by name."""
+    first = advance(*autoencoder_run(autoencoder_config()), image_batch(), {}, steps)
+    actnorm = advance(*autoencoder_run(autoencoder_config(disc_norm="actnorm")), image_batch(), {}, steps)
+    second = advance(*diffusion_run(diffusion_config()), latent_batch(), {"null": NULL}, steps)
+    found = {}
+    for name, (state, metrics) in {"kl": first, "actnorm": actnorm, "ldm": second}.items():
+        for path, leaf in jax.tree.leaves_with_path(parallel.to_host(state)):
+            found[name + jax.tree_util.keystr(path)] = leaf
+        found |= {f"{name}.metrics.{key}": np.array([m[key] for m in metrics]) for key in metrics[0]}
+    return found
+
+
+if __name__ == "__main__":
+    np.savez(sys.argv[1], devices=jax.device_count(), **run_both_stages())

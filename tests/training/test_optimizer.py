@@ -1,0 +1,62 @@
+"""Learning rates, optimizers, EMA and accumulation against closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_runs
+
+from latent_diffusion.training import optimizer
+
+
+def config(**values):
+    found = tiny_runs.get_config("autoencoder_kl", "smoke")
+    with found.unlocked():
+        found.optimizer.update(values)
+        found.training.update(dict(num_steps=110, batch_size=12))
+    return found
+
+
+def test_effective_rate_is_rate_times_batch():
+    assert optimizer.effective_learning_rate(config(learning_rate=4.5e-6)) == pytest.approx(5.4e-5)
+    assert optimizer.effective_learning_rate(config(learning_rate=4.5e-6, scale_lr=False)) == 4.5e-6
+
+
+@pytest.mark.parametrize("name,middle,end", [
+    ("constant", 1.0, 1.0), ("linear", 0.55, 0.1), ("cosine", 0.55, 0.1)])
+def test_schedules(name, middle, end):
+    rate = optimizer.schedule(config(learning_rate=1.0, scale_lr=False, schedule=name, warmup_steps=10,
+                                     final_factor=0.1))
+    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(60), rate(110)], [0, 0.5, 1, middle, end], atol=1e-6)
+
+
+def test_adamw_decays_every_parameter_like_torch():
+    """One AdamW step: p (1 - lr wd) - lr g / (|g| + eps), biases and norms included."""
+    tx = optimizer.create(config(name="adamw", learning_rate=0.1, scale_lr=False, weight_decay=0.01))
+    params = {"kernel": jnp.array([2.0, -3.0]), "bias": jnp.array([1.0]), "scale": jnp.array([5.0])}
+    grads = jax.tree.map(lambda p: 0.5 * jnp.ones_like(p), params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    for name, p in params.items():
+        np.testing.assert_allclose(p + updates[name], p * (1 - 0.1 * 0.01) - 0.1, rtol=1e-6)
+
+
+def test_clipping_by_global_norm():
+    tx = optimizer.create(config(name="sgd", learning_rate=1.0, scale_lr=False, clip_norm=1.0))
+    grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    updates, _ = tx.update(grads, tx.init(grads), grads)
+    np.testing.assert_allclose([updates["a"][0], updates["b"][0]], [-0.6, -0.8], rtol=1e-6)
+
+
+def test_ema_decay_warms_up():
+    found = [float(optimizer.ema_decay(jnp.asarray(n), 0.9999, True)) for n in (1, 2, 10, 10**7)]
+    np.testing.assert_allclose(found, [2 / 11, 3 / 12, 11 / 20, 0.9999], rtol=1e-6)
+    assert float(optimizer.ema_decay(jnp.asarray(1), 0.9, False)) == pytest.approx(0.9)
+
+
+def test_accumulate_averages_and_carries():
+    batch = {"x": jnp.arange(6.0)}
+    def add(carry, piece):
+        return carry + piece["x"].sum(), piece["x"].mean()
+    for pieces in (1, 2, 3):
+        carry, mean = optimizer.accumulate(add, jnp.zeros(()), batch, pieces)
+        assert (float(carry), float(mean)) == (15.0, 2.5)

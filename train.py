@@ -1,0 +1,132 @@
+"""Trains either stage.
+
+    python train.py --config configs/NAME.py:TOKEN,... --config.section.key=value ... --workdir DIR
+
+README.md has the commands, docs/configs.md the keys. Exit code: 0 done, 2 a mistake in what was given, 130 or 143
+interrupted (after saving, once training has begun; the same command goes on from there).
+"""
+
+import os
+import signal
+import sys
+
+
+def stop_at_once(signum: int, frame: object) -> None:
+    os._exit(128 + signum)
+
+
+def on_signals(handler) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    on_signals(stop_at_once)  # nothing to tidy up while the imports run
+
+import contextlib  # noqa: E402
+import difflib  # noqa: E402
+import logging  # noqa: E402
+import re  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+
+from absl import flags  # noqa: E402
+from etils import epath  # noqa: E402
+from ml_collections import ConfigDict, config_flags  # noqa: E402
+
+from latent_diffusion import parallel  # noqa: E402
+from latent_diffusion.errors import UserError  # noqa: E402
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:TOKEN,... ; see docs/configs.md", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory (or gs:// path) of checkpoints, logs and pictures.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, for several processes off a TPU pod.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes train together.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this process, from 0.")
+_DEBUG = flags.DEFINE_bool("debug", False, "Show where a mistake was found.")
+
+
+def parse(argv: Sequence[str]) -> None:
+    """Parses the flags; whatever is wrong with them is a `UserError`."""
+    try:
+        rest = flags.FLAGS(argv)
+        config = _CONFIG.value
+        if config is not None:
+            config.to_dict()  # a config that could not be read says so when it is used
+    except Exception as error:
+        raise UserError(explain(argv, error)) from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value or --name value")
+    for flag in (_CONFIG, _WORKDIR):
+        if not flag.value:
+            raise UserError(f"--{flag.name} is missing; usage: {' '.join(__doc__.splitlines()[2].split())}")
+
+
+def explain(argv: Sequence[str], error: BaseException) -> str:
+    """One line on why flags could not be parsed: ours, where ours is among the causes of what the libraries raise."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError) and "Traceback" not in str(cause):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    named = re.search(r"(?:^|\s)--?config[= ](\S+)", " ".join(argv))
+    file = named[1].split(":")[0] if named else ""
+    if named and not epath.Path(file).is_file():
+        folder = epath.Path(file).parent
+        known = sorted(str(path) for path in folder.glob("*.py")) if folder.is_dir() else []
+        return f"there is no config file {file}" + (f"; choose from {', '.join(known)}" if known else "")
+    if isinstance(error, flags.Error):
+        return str(error)
+    with contextlib.suppress(Exception):  # of a file that is itself at fault
+        if unknown := unknown_key(argv, flags.FLAGS["config"].parser.parse(named[1])):
+            return unknown
+    return f"{file}: {type(error).__name__}: {error}; --debug shows where"
+
+
+def unknown_key(argv: Sequence[str], config: ConfigDict) -> str:
+    """Names the first ``--config.a.b`` that is no key, with the keys that there are; "" if all are keys."""
+    for path in re.findall(r"(?:^|\s)--?(?:no)?config\.([^\s=]+)", " ".join(argv)):
+        node, known = config, ""
+        for key in path.split("."):
+            if not isinstance(node, ConfigDict):
+                return f"unknown key --config.{path}: config.{known} has no parts"
+            if key not in node:
+                close = difflib.get_close_matches(key, node, n=1)
+                return (f"unknown key --config.{path}; " + (f"did you mean {close[0]}? " if close else "")
+                        + f"config{'.' * bool(known)}{known} has {', '.join(node)}")
+            node, known = node[key], f"{known}.{key}".lstrip(".")
+    return ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the flags, trains, and returns the exit code."""
+    argv = list(sys.argv if argv is None else argv)
+    if {"--help", "-h", "--helpshort", "--helpfull"} & set(argv[1:]):
+        print(__doc__ + flags.FLAGS.main_module_help())
+        return 0
+    try:
+        parse(argv)
+        from latent_diffusion.training import progress
+        logging.basicConfig(level=logging.WARNING, handlers=[progress.WarningHandler()])
+        parallel.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        from latent_diffusion.training import loop  # after jax.distributed, which must see an untouched JAX
+        return loop.run(_CONFIG.value, _WORKDIR.value)
+    except UserError as error:
+        if "--debug" in argv:
+            raise
+        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print("train.py: interrupted before the first step", file=sys.stderr)
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+
+
+def interrupt(signum: int, frame: object) -> None:
+    """Until the loop takes over: what has been begun is tidied up by unwinding; a second signal does not wait."""
+    on_signals(stop_at_once)
+    raise KeyboardInterrupt(signum)
+
+
+if __name__ == "__main__":
+    on_signals(interrupt)
+    code = main()
+    on_signals(stop_at_once)  # nor is there anything left to tidy up
+    sys.exit(code)
