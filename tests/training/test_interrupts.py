@@ -40,8 +40,13 @@ class Program:
 
     def wait_for(self, pattern, seconds=240):
         end = time.monotonic() + seconds
-        while not re.search(pattern, self.output):
-            assert time.monotonic() < end and self.process.poll() is None, self.output
+        while True:
+            ended = self.process.poll() is not None
+            if ended:
+                self._reader.join(10)  # its last words may still be in the pipe
+            if re.search(pattern, self.output):
+                return
+            assert not ended and time.monotonic() < end, self.output
             time.sleep(0.02)
 
     def end(self, seconds=120):
