@@ -14,7 +14,8 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Tests use virtual CPU devices: XLA's thread pool must be at least twice as large as their number or collectives deadlock.
-PYTEST := NPROC=16 $(PY) -m pytest
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST := NPROC=16 $(PY) -m pytest $(PARALLEL)
 
 # Debian's python has no ensurepip, so `venv` fails there; then the pip that comes with it installs into the new folder.
 define create_venv
@@ -49,7 +50,7 @@ lint: venv
 
 # Compares with PyTorch and diffusers, in an environment of its own (2 GB).
 parity: $(PARITY)/.installed
-	NPROC=16 $(PARITY)/bin/python -m pytest tests/parity
+	NPROC=16 $(PARITY)/bin/python -m pytest $(PARALLEL) tests/parity
 
 venv: $(VENV)/.installed
 
