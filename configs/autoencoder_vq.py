@@ -52,7 +52,8 @@ SMALL = dict(
 )
 SMOKE = dict(
     data=dict(source="memory", image_size=32),
-    model=dict(ch=32, ch_mult=(1, 1), num_res_blocks=1, resolution=32, attn_resolutions=(), n_embed=64),
+    model=dict(ch=32, ch_mult=(1, 1), num_res_blocks=1, norm_groups=8, resolution=32, attn_resolutions=(),
+               n_embed=64),
     training=dict(batch_size=8, num_steps=4, log_every=2, image_every=0,
                   loss=dict(perceptual="none", disc_start=2, disc_channels=8, disc_layers=1)),
     evaluation=dict(every=0, num_images=4),

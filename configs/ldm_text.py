@@ -57,7 +57,7 @@ SMALL = dict(
 SMOKE = dict(
     data=dict(source="memory", image_size=32),
     model=dict(model_channels=32, num_res_blocks=1, attention_resolutions=(2,), channel_mult=(1, 2),
-               num_heads=-1, num_head_channels=16, context_dim=32, remat="none"),
+               num_heads=-1, num_head_channels=16, norm_groups=8, context_dim=32, remat="none"),
     conditioning=dict(width=32, text=dict(vocab_size=200, max_length=8, layers=1, heads=2, head_dim=16)),
     first_stage=dict(scale_factor=0.0),
     training=dict(batch_size=8, num_steps=4, log_every=2, image_every=0),

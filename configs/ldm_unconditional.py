@@ -64,7 +64,7 @@ SMALL = dict(
 SMOKE = dict(
     data=dict(source="memory", image_size=32, flip=False),
     model=dict(model_channels=32, num_res_blocks=1, attention_resolutions=(2,), channel_mult=(1, 2),
-               num_heads=-1, num_head_channels=16),
+               num_heads=-1, num_head_channels=16, norm_groups=8),
     first_stage=dict(scale_factor=0.0),
     training=dict(batch_size=8, num_steps=4, log_every=2, image_every=0),
     evaluation=dict(every=0, num_images=4),

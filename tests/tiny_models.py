@@ -20,10 +20,11 @@ def config(kind: str, **conditioning):
     text = kind in ("text", "both")
     with c.unlocked():
         c.data.update(source="memory", image_size=16)
-        c.first_stage.model.update(ch=32, ch_mult=(1, 1), num_res_blocks=0, attn_type="none", resolution=16)
+        c.first_stage.model.update(
+            ch=32, ch_mult=(1, 1), num_res_blocks=0, attn_type="none", norm_groups=8, resolution=16)
         c.model.update(
             image_size=8, model_channels=32, channel_mult=(1, 1), num_res_blocks=1, attention_resolutions=(),
-            num_heads=2, use_spatial_transformer=text, context_dim=16 if text else 0)
+            norm_groups=8, num_heads=2, use_spatial_transformer=text, context_dim=16 if text else 0)
         c.conditioning.update(
             crossattn="text" if text else "none", label=kind in ("class", "both"), num_classes=len(LABELS), width=16)
         c.conditioning.text.update(vocab_size=60, max_length=8, layers=1, heads=2, head_dim=8)

@@ -31,7 +31,6 @@ def autoencoder_config(kind: str = "kl", **loss):
     config = get_config(f"autoencoder_{kind}", "smoke")
     with config.unlocked():
         config.data.image_size = SIZE
-        config.model.norm_groups = 8  # with one channel a group, biases before a norm would have no gradient
         config.optimizer.update(dict(name="sgd", learning_rate=1e-4, scale_lr=False))
         config.training.loss.update({"disc_start": 0, **loss})
     return config

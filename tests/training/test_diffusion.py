@@ -57,8 +57,8 @@ def test_gradient_reaches_conditioner_and_class_table():
     config = tiny_runs.diffusion_config()
     _, _, gradients = losses(config, random_params(config), tiny_runs.latent_batch())
     norms = jax.tree.map(lambda g: float(np.abs(g).max()), gradients)
-    assert all(norm > 0 for norm in jax.tree.leaves(norms["conditioner"])), norms["conditioner"]
-    assert norms["unet"]["label_emb"]["embedding"] > 0
+    assert all(norm > 1e-6 for norm in jax.tree.leaves(norms["conditioner"])), norms["conditioner"]
+    assert norms["unet"]["label_emb"]["embedding"] > 1e-4
     used = np.abs(gradients["conditioner"]["token_emb"]["embedding"]).max(1) > 0
     tokens = set(tiny_runs.latent_batch()["tokens"].ravel().tolist()) | set(tiny_runs.NULL["tokens"].tolist())
     assert set(np.flatnonzero(used).tolist()) <= tokens
@@ -70,7 +70,7 @@ def test_condition_matters(name):
     params, batch = random_params(config), tiny_runs.latent_batch()
     loss, _, _ = losses(config, params, batch)
     swapped, _, _ = losses(config, params, {**batch, name: np.roll(batch[name], 1, axis=0)})
-    assert abs(loss - swapped) > 1e-6
+    assert abs(loss - swapped) > 1e-4
 
 
 def test_dropout_replaces_by_the_null_condition_at_the_given_rates():
