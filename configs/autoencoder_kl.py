@@ -18,15 +18,15 @@ VARIANTS = {
     "f32": dict(model=dict(embed_dim=64, z_channels=64, ch_mult=(1, 1, 2, 2, 4, 4), attn_resolutions=(16, 8))),
 }
 EMOJI = dict(
-    data=dict(source="emoji", image_size=64),
-    model=dict(embed_dim=4, z_channels=4, ch=16, ch_mult=(1, 2, 4), num_res_blocks=1, norm_groups=8,
-               attn_resolutions=(), resolution=64, attn_type="none"),
-    optimizer=dict(learning_rate=3e-3, scale_lr=False, b1=0.9, b2=0.99, schedule="cosine", warmup_steps=50,
-                   clip_norm=1.0),
-    training=dict(batch_size=16, num_steps=1300, log_every=25, image_every=650,
+    data=dict(source="emoji", image_size=64, styles=("twemoji",)),
+    model=dict(embed_dim=4, z_channels=4, ch=8, ch_mult=(1, 2, 8), num_res_blocks=1, norm_groups=8,
+               attn_resolutions=(), resolution=64, attn_type="none", resamp_with_conv=False),
+    optimizer=dict(name="muon", learning_rate=1e-2, scale_lr=False, b1=0.9, b2=0.99, schedule="cosine",
+                   warmup_steps=50, clip_norm=1.0),
+    training=dict(batch_size=8, num_steps=1400, log_every=25, image_every=700,
                   loss=dict(perceptual="alex", perceptual_weight=0.2, kl_weight=3e-2, disc_factor=0.0)),
-    evaluation=dict(every=650),
-    checkpoint=dict(every=130),
+    evaluation=dict(every=700),
+    checkpoint=dict(every=140),
 )
 SMALL = dict(
     data=dict(image_size=64),
@@ -41,7 +41,7 @@ SMALL = dict(
 )
 SMOKE = dict(
     data=dict(source="memory", image_size=32),
-    model=dict(ch=32, ch_mult=(1, 1), num_res_blocks=1, resolution=32, attn_resolutions=()),
+    model=dict(ch=32, ch_mult=(1, 1), num_res_blocks=1, norm_groups=8, resolution=32, attn_resolutions=()),
     training=dict(batch_size=8, num_steps=4, log_every=2, image_every=0,
                   loss=dict(perceptual="none", disc_start=2, disc_channels=8, disc_layers=1)),
     evaluation=dict(every=0, num_images=4),

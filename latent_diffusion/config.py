@@ -41,7 +41,7 @@ def _data() -> dict:
         background="white",       # behind transparent images: white | random (plain color per example)
         image_key="image", label_key="label", caption_key="caption",
         styles=("twemoji", "openmoji"),  # source emoji: the drawing styles to use
-        groups=(),                # source emoji: only these ("food-and-drink", "flags" ...); () = all nine
+        groups=(),                # source emoji: only these groups or subgroups ("flags", "food-fruit" ...); () = all
         skin_tones=False,         # source emoji: keep skin-tone variants
         duplicates=False,         # source emoji: keep pictures that are equal pixel by pixel
         style_prefix=False,       # source emoji: captions "a twemoji emoji of ..."
@@ -98,7 +98,7 @@ def _common() -> dict:
         seed=0,
         data=_data(),
         optimizer=dict(
-            name="adam",          # adam | adamw | sgd
+            name="adam",          # adam | adamw | muon | sgd
             learning_rate=4.5e-6,
             scale_lr=True,        # effective rate = learning_rate x batch_size, as the reference's --scale_lr
             b1=0.5, b2=0.9, eps=1e-8, weight_decay=0.0,
@@ -152,6 +152,7 @@ def autoencoder_defaults() -> ConfigDict:
         diffusion=dict(),
         **_common(),
     ))
+    config.ema.decay = 0.0        # the reference's KL models have none
     return config.lock()
 
 
@@ -310,7 +311,7 @@ CHOICES = {
     "data.background": ("white", "random"),
     "data.on_corrupt": ("error", "skip"),
     "data.channels": (1, 3),
-    "optimizer.name": ("adam", "adamw", "sgd"),
+    "optimizer.name": ("adam", "adamw", "muon", "sgd"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "sampling.sampler": ("ddpm", "ddim"),
     "model.dtype": ("float32", "bfloat16"),

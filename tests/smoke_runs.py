@@ -18,7 +18,7 @@ def autoencoder_config(**sections):
     """Stage 1 whose discriminator takes part from step 2 on, after a resume at step 2 and before."""
     return _with("autoencoder_kl", dict(
         data=DATA, model=dict(ch=8, norm_groups=4, dropout=0.1),
-        optimizer=dict(learning_rate=1e-3, scale_lr=False),
+        optimizer=dict(learning_rate=1e-3, scale_lr=False), ema=dict(decay=0.9),
         training=dict(num_steps=STEPS, log_every=1, loss=dict(disc_start=1)),
         checkpoint=dict(every=2, keep=9)), sections)
 

@@ -117,10 +117,11 @@ def _open_emoji(data, split: str) -> Source:
         prepare(_Section(data))
         builder = _emoji_builder(data)  # the sizes of the splits are read anew
     examples, features, where = _read(builder, data, split)
-    styles, groups = features["style"].names, features["label"].names
-    unknown = sorted(set(data.groups) - set(groups))
+    styles, groups, subgroups = (features[key].names for key in ("style", "label", "sublabel"))
+    unknown = sorted(set(data.groups) - {*groups, *subgroups})
     if unknown:
-        raise UserError(f"data.groups={tuple(data.groups)}: choose from {', '.join(groups)}")
+        raise UserError(f"data.groups={tuple(data.groups)}: there is no {unknown[0]!r}; choose from the groups "
+                        f"{', '.join(groups)} and the subgroups {', '.join(subgroups)}")
     keep, captions = [], []
     for i in range(len(examples)):
         facts = examples.facts(i)
@@ -128,7 +129,7 @@ def _open_emoji(data, split: str) -> Source:
             (data.skin_tones or not facts["skin_tone"])
             and (data.duplicates or not facts["duplicate"])
             and styles[facts["style"]] in data.styles
-            and (not data.groups or groups[facts["label"]] in data.groups)
+            and (not data.groups or {groups[facts["label"]], subgroups[facts["sublabel"]]} & set(data.groups))
         ):
             keep.append(i)
             captions.append(_prefixed(facts["caption"].decode(), styles[facts["style"]], data.style_prefix))

@@ -18,7 +18,7 @@ from latent_diffusion.errors import choose
 from latent_diffusion.models.discriminator import PatchDiscriminator
 from latent_diffusion.models.perceptual import LPIPS
 from latent_diffusion.parallel import AXIS, mean_over_devices, sum_over_devices
-from latent_diffusion.training.optimizer import accumulate
+from latent_diffusion.training.optimizer import accumulate, ema_decay
 from latent_diffusion.training.state import AutoencoderTrainState
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -207,6 +207,10 @@ def train_step(
     if not config.training.loss.learn_logvar:  # weight decay must not move it either
         updates["logvar"] = jnp.zeros_like(updates["logvar"])
     params = optax.apply_updates(state.params, updates)
+    ema_params = state.ema_params
+    if config.ema.decay > 0:
+        decay = ema_decay(state.step + 1, config.ema.decay, config.ema.warmup)
+        ema_params = optax.incremental_update({"autoencoder": params["autoencoder"]}, ema_params, 1 - decay)
     metrics["grad_norm"] = optax.tree.norm(gradients)
 
     disc_params, disc_opt_state = state.disc_params, state.disc_opt_state
@@ -220,8 +224,8 @@ def train_step(
         metrics |= disc_metrics | {"disc_grad_norm": optax.tree.norm(disc_gradients)}
         disc_params = optax.apply_updates(disc_params, updates)
 
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, disc_params=disc_params,
-                         disc_stats=disc_stats, disc_opt_state=disc_opt_state), metrics
+    return state.replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state,
+                         disc_params=disc_params, disc_stats=disc_stats, disc_opt_state=disc_opt_state), metrics
 
 
 # --- start and evaluation --------------------------------------------------------------------------------------------
@@ -241,8 +245,9 @@ def create_state(state: None, frozen: dict, batch: dict, rng: Key[Array, ""], *,
         disc_params = {"discriminator": variables["params"]}
         disc_stats = variables.get("batch_stats", {})
         disc_opt_state = tx[1].init(disc_params)
+    ema_params = {"autoencoder": jax.tree.map(jnp.copy, autoencoder)} if config.ema.decay > 0 else {}
     return AutoencoderTrainState(
-        step=jnp.zeros((), jnp.int32), params=params, opt_state=tx[0].init(params), disc_params=disc_params,
+        step=jnp.zeros((), jnp.int32), params=params, ema_params=ema_params, opt_state=tx[0].init(params), disc_params=disc_params,
         disc_stats=disc_stats, disc_opt_state=disc_opt_state), {}
 
 

@@ -84,7 +84,8 @@ def absolute(workdir: str) -> str:
 
 
 def copy_once(config: Any, workdir: epath.Path) -> tuple[Any, Mapping[str, Any]]:
-    """The first stage's parameters from this workdir, into which they are copied from stage 1's once.
+    """The first stage's parameters (averaged ones, if stage 1 has them) from this workdir, into which they are copied
+    from stage 1's once.
 
     Returns:
       (tree, metadata): the parameters, and where they came from: source, step, digest, config. Both empty for the
@@ -94,9 +95,9 @@ def copy_once(config: Any, workdir: epath.Path) -> tuple[Any, Mapping[str, Any]]
         return {}, {}
     if not checkpoint.has_frozen(workdir):
         source = absolute(config.first_stage.workdir)
-        trees, _, step = checkpoint.load(source, ("params",))
+        trees, _, step = checkpoint.load(source, ("params", "ema"))
         saved = epath.Path(source) / "config.json"
-        tree = {"autoencoder": trees["params"]["autoencoder"]}
+        tree = {"autoencoder": stage2.sampling_params(trees["params"], trees["ema"])["autoencoder"]}
         checkpoint.save_frozen(workdir, tree, {
             "source": source, "step": step, "digest": checkpoint.digest(tree), "config": saved.read_text()})
     tree, metadata = checkpoint.load_frozen(workdir)

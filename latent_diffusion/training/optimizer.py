@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, Float, Int
 
 from latent_diffusion.errors import choose
@@ -47,11 +48,25 @@ def create(config: Any, *, rate_factor: float = 1.0) -> optax.GradientTransforma
         "adam": lambda: optax.adam(learning_rate, options.b1, options.b2, options.eps),
         "adamw": lambda: optax.adamw(
             learning_rate, options.b1, options.b2, options.eps, weight_decay=options.weight_decay),
+        "muon": lambda: optax.contrib.muon(
+            learning_rate, weight_decay=options.weight_decay, adam_b1=options.b1, adam_b2=options.b2,
+            adam_weight_decay=options.weight_decay, muon_weight_dimension_numbers=kernels_as_matrices,
+            consistent_rms=0.2),
         "sgd": lambda: optax.sgd(learning_rate),
     }
     optimizer = choose(optimizers, options.name, "optimizer.name")()
     clip = [optax.clip_by_global_norm(options.clip_norm)] if options.clip_norm > 0 else []
     return optax.chain(*clip, optimizer)
+
+
+def kernels_as_matrices(params: Any) -> Any:
+    """What Muon orthogonalizes: the kernels of linear layers and convolutions (inputs x outputs, where the pixels of a
+    convolution's window count as inputs). The rest - biases, norms, embeddings - is left to Adam."""
+    def dimensions(path: Any, leaf: Array) -> Any:
+        if getattr(path[-1], "key", None) != "kernel":
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), (leaf.ndim - 1,))
+    return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
 def ema_decay(step: Int[Array, ""], decay: float, warmup: bool) -> Float[Array, ""]:

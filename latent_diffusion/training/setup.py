@@ -138,7 +138,8 @@ def autoencoder(config: Any, workdir: epath.Path, splits: Splits, vocabulary: No
         return jax.eval_shape(first_step, None, frozen, batch, key)[0]
 
     def evaluate(state: Any) -> dict[str, float]:
-        sums = sum_over_batches(eval_step, state.params, frozen, data.evaluation(), key)
+        sums = sum_over_batches(eval_step, stage2.sampling_params(state.params, state.ema_params), frozen,
+                                data.evaluation(), key)
         means = {name: value / sums["count"] for name, value in sums.items() if name != "count"}
         std = max(means.pop("latent_square") - means["latent_mean"] ** 2, 0.0) ** 0.5
         return means | {"latent_std": std, "images": sums["count"]}
@@ -149,7 +150,8 @@ def autoencoder(config: Any, workdir: epath.Path, splits: Splits, vocabulary: No
 
     def pictures(state: Any) -> dict[str, np.ndarray]:
         x = data.held_out_images()
-        y = np.asarray(reconstruct(parallel.to_host(state.params["autoencoder"]), x))
+        params = stage2.sampling_params(state.params, state.ema_params)
+        y = np.asarray(reconstruct(parallel.to_host(params["autoencoder"]), x))
         pairs = np.stack([images.to_uint8(x), images.to_uint8(y)], axis=1)
         return {"reconstructions": pairs.reshape(-1, *pairs.shape[2:])}
 

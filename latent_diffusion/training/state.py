@@ -25,11 +25,13 @@ class TrainState:
 class AutoencoderTrainState:
     """Stage 1.
 
-    params: ``{"autoencoder", "logvar"}``; disc_params: ``{"discriminator"}``; disc_stats: its running batch statistics.
+    params: ``{"autoencoder", "logvar"}``; ema_params: ``{"autoencoder"}`` or empty; disc_params: ``{"discriminator"}``;
+    disc_stats: its running batch statistics.
     """
 
     step: jax.Array
     params: Any
+    ema_params: Any
     opt_state: Any
     disc_params: Any
     disc_stats: Any

@@ -244,8 +244,10 @@ def test_options_choose_what_is_loaded(emoji_dir, make_config):
     flags, rest = captions(groups=("flags",)), captions(groups=tuple(others))
     assert flags and all("flag" in caption for caption in flags)
     assert sorted(flags + rest) == sorted(plain)
-    with pytest.raises(UserError, match="data.groups.*choose from .*flags"):
-        captions(groups=("flag",))
+    subgroups = tuple({name.subgroup for name in catalogue.names() if name.group == "flags"})
+    assert captions(groups=subgroups) == flags and captions(groups=("flags", subgroups[0])) == flags
+    with pytest.raises(UserError, match="data.groups.*there is no 'fruit'; choose from .*flags.* food-fruit"):
+        captions(groups=("flags", "fruit"))
     with pytest.raises(UserError, match="choose from twemoji, openmoji"):
         captions(styles=("noto",))
 

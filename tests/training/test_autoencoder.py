@@ -150,6 +150,23 @@ def test_both_networks_move_and_logvar_does_not():
     assert metrics[0]["disc_factor"] == 1.0 and metrics[0]["adaptive_weight"] > 0
 
 
+def test_average_follows_its_recursion():
+    """s <- s - (1 - d)(s - p) with d = min(decay, (1 + n) / (10 + n)) after step n, for the autoencoder alone."""
+    config = tiny_runs.autoencoder_config()
+    with config.unlocked():
+        config.ema.decay = 0.2
+    state, step = tiny_runs.autoencoder_run(config)
+    expected = parallel.to_host(state.ema_params)
+    assert set(expected) == {"autoencoder"}
+    for decay in (2 / 11, 0.2):
+        state, _ = tiny_runs.advance(state, step, tiny_runs.image_batch(), {}, 1)
+        now = parallel.to_host(state.params["autoencoder"])
+        expected = {"autoencoder": jax.tree.map(
+            lambda s, p, d=decay: s - (1 - d) * (s - p), expected["autoencoder"], now)}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+                 parallel.to_host(state.ema_params), expected)
+
+
 def test_before_disc_start_the_adversarial_terms_are_zero():
     config = tiny_runs.autoencoder_config(disc_start=1)
     state, step = tiny_runs.autoencoder_run(config)

@@ -16,7 +16,7 @@ from latent_diffusion import config as config_lib
 from latent_diffusion.errors import UserError
 from latent_diffusion.training import loop, progress
 
-ITEMS = {"stage1": ("params", "optimizer"), "stage2": ("params", "ema", "optimizer")}
+ITEMS = ("params", "ema", "optimizer")
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,12 @@ def test_files_of_a_run(finished):
     common = {"checkpoints", "config.json", "labels.txt", "evaluation.json"}
     assert there == common | ({"reconstructions.png"} if name == "stage1" else {"samples.png", "frozen", "vocab.txt"})
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4"]
-    trees, metadata, step = checkpoint.load(workdir, ITEMS[name])
+    trees, metadata, step = checkpoint.load(workdir, ITEMS)
     assert step == 4 and metadata["data"] == {"next_index": 4}
     assert config_lib.from_json(metadata["config"]) == config_lib.from_json((workdir / "config.json").read_text())
     if name == "stage1":
         assert {"disc_params", "disc_stats", "disc_opt_state", "opt_state", "step"} == set(trees["optimizer"])
+        assert set(trees["ema"]) == {"autoencoder"}
         frozen_of_nothing = checkpoint.has_frozen(workdir)
         assert not frozen_of_nothing
     else:
@@ -118,6 +119,12 @@ def test_discriminator_statistics_are_in_the_checkpoint(stage1):
     assert stats[0] and all(np.abs(stats[1][path] - leaf).max() > 0 for path, leaf in stats[0].items())
 
 
+def test_stage_2_takes_the_averages(stage1, stage2):
+    averages, _, _ = checkpoint.load(stage1[0], ("ema",), 4)
+    trees, origin = checkpoint.load_frozen(stage2[0])
+    assert origin["digest"] == checkpoint.digest(averages["ema"]) == checkpoint.digest(trees)
+
+
 def test_scale_factor_is_measured_on_the_training_latents(stage2):
     """1 / std of posterior samples; against the posteriors of the whole set, unaugmented, to the sampling error."""
     workdir, _ = stage2
@@ -138,7 +145,7 @@ def test_resume_is_exact(finished, tmp_path):
     again = smoke_runs.cut_back(workdir, tmp_path / "again", 2)
     code, printed = smoke_runs.run(config, again)
     assert code == 0 and "resuming after step 2" in printed
-    smoke_runs.assert_same_checkpoint(again, workdir, 4, ITEMS[name])
+    smoke_runs.assert_same_checkpoint(again, workdir, 4, ITEMS)
     ours, theirs = (json.loads((path / loop.FINAL).read_text()) for path in (again, workdir))
     assert ours == theirs
     picture = "reconstructions.png" if name == "stage1" else "samples.png"
@@ -209,7 +216,7 @@ def test_cached_latents(stage1, tmp_path):
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
     code, _ = smoke_runs.run(config(), again)
     assert code == 0
-    smoke_runs.assert_same_checkpoint(again, tmp_path / "run", 4, ITEMS["stage2"])
+    smoke_runs.assert_same_checkpoint(again, tmp_path / "run", 4, ITEMS)
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
 
     with pytest.raises(UserError, match="was made with data.num_examples=64, not 32"):

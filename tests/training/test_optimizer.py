@@ -40,6 +40,29 @@ def test_adamw_decays_every_parameter_like_torch():
         np.testing.assert_allclose(p + updates[name], p * (1 - 0.1 * 0.01) - 0.1, rtol=1e-6)
 
 
+def test_muon_orthogonalizes_kernels_and_leaves_the_rest_to_adam():
+    """A kernel's first update is -lr 0.2 sqrt(longer side) U V^T of its gradient as a matrix, inputs x outputs, up to
+    the five Newton-Schulz steps, which bring singular values near 1 only (Jordan 2024; Liu et al. 2025, equation 4);
+    weight decay as AdamW's, on all; other parameters as by Adam: -lr sign(g)."""
+    tx = optimizer.create(config(name="muon", learning_rate=0.1, scale_lr=False, weight_decay=0.01))
+    rng = np.random.default_rng(0)
+    shapes = {"conv": {"kernel": (3, 3, 4, 8), "bias": (8,)}, "dense": {"kernel": (4, 16)}, "norm": {"scale": (8,)},
+              "table": {"embedding": (5, 4)}}
+    params, grads = (jax.tree.map(lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32), shapes,
+                                  is_leaf=lambda x: isinstance(x, tuple)) for _ in range(2))
+    updates, _ = tx.update(grads, tx.init(params), params)
+    steps = jax.tree.map(lambda u, p: np.asarray(u + 0.1 * 0.01 * p), updates, params)
+    for name, shape in (("conv", (36, 8)), ("dense", (4, 16))):
+        u, _, vt = np.linalg.svd(np.asarray(grads[name]["kernel"]).reshape(shape), full_matrices=False)
+        found = -steps[name]["kernel"].reshape(shape) / (0.1 * 0.2 * np.sqrt(max(shape)))
+        inside = u.T @ found @ vt.T  # in the gradient's own singular vectors
+        np.testing.assert_allclose(found, u @ inside @ vt, atol=1e-4)
+        np.testing.assert_allclose(inside, np.diag(np.diag(inside)), atol=1e-4)
+        assert np.all((0.6 < np.diag(inside)) & (np.diag(inside) < 1.3))
+    for name, leaf in (("conv", "bias"), ("norm", "scale"), ("table", "embedding")):
+        np.testing.assert_allclose(steps[name][leaf], -0.1 * np.sign(grads[name][leaf]), atol=1e-5)
+
+
 def test_clipping_by_global_norm():
     tx = optimizer.create(config(name="sgd", learning_rate=1.0, scale_lr=False, clip_norm=1.0))
     grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
