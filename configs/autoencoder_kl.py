@@ -19,7 +19,7 @@ VARIANTS = {
 }
 EMOJI = dict(
     data=dict(source="emoji", image_size=64, styles=("twemoji",)),
-    model=dict(embed_dim=4, z_channels=4, ch=8, ch_mult=(1, 2, 8), num_res_blocks=1, norm_groups=8,
+    model=dict(embed_dim=4, z_channels=4, ch=8, ch_mult=(1, 2, 8), num_res_blocks=1, norm_groups=2,
                attn_resolutions=(), resolution=64, attn_type="none", resamp_with_conv=False),
     optimizer=dict(name="muon", learning_rate=1e-2, scale_lr=False, b1=0.9, b2=0.99, schedule="cosine",
                    warmup_steps=50, clip_norm=1.0),

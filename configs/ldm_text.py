@@ -26,18 +26,19 @@ VARIANTS = {
 }
 EMOJI = dict(
     data=dict(source="emoji", image_size=64, label_key="sublabel", styles=("twemoji",),
-              groups=("smileys-and-emotion", "food-and-drink", "travel-and-places", "flags")),
-    model=dict(model_channels=64, num_res_blocks=1, attention_resolutions=(2, 4), channel_mult=(1, 2, 3), num_heads=-1,
-               num_head_channels=64, context_dim=128, conv_resample=False, norm_groups=8, remat="none"),
+              groups=("smileys-and-emotion", "food-fruit", "food-vegetable", "country-flag", "time", "sky-and-weather")),
+    model=dict(model_channels=32, num_res_blocks=1, attention_resolutions=(2, 4), channel_mult=(1, 2, 4), num_heads=-1,
+               num_head_channels=32, context_dim=128, conv_resample=False, norm_groups=8, remat="none"),
     conditioning=dict(width=128, label=True, dropout=0.1, label_dropout=0.3,
                       text=dict(vocab_size=2000, max_length=8, layers=0)),
     first_stage=dict(scale_factor=0.0),
     diffusion=dict(linear_start=0.0015, linear_end=0.0195, parameterization="v"),
-    optimizer=dict(learning_rate=1.5e-3, scale_lr=False, b2=0.99, schedule="cosine", warmup_steps=100, clip_norm=1.0),
-    ema=dict(decay=0.998, include_conditioner=True),
-    training=dict(batch_size=16, num_steps=2200, log_every=50, image_every=1100),
-    evaluation=dict(every=1100),
-    checkpoint=dict(every=220),
+    optimizer=dict(name="muon", learning_rate=6e-3, scale_lr=False, b2=0.99, schedule="cosine", warmup_steps=100,
+                   clip_norm=1.0),
+    ema=dict(decay=0.995, include_conditioner=True),
+    training=dict(batch_size=32, num_steps=1300, log_every=25, image_every=650),
+    evaluation=dict(every=650),
+    checkpoint=dict(every=130),
     sampling=dict(steps=40, guidance_scale=1.5),
 )
 SMALL = dict(
