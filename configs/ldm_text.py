@@ -26,7 +26,8 @@ VARIANTS = {
 }
 EMOJI = dict(
     data=dict(source="emoji", image_size=64, label_key="sublabel", styles=("twemoji",),
-              groups=("smileys-and-emotion", "food-fruit", "food-vegetable", "country-flag", "time", "sky-and-weather")),
+              groups=("smileys-and-emotion", "food-fruit", "food-vegetable", "country-flag", "time",
+                      "sky-and-weather")),
     model=dict(model_channels=32, num_res_blocks=1, attention_resolutions=(2, 4), channel_mult=(1, 2, 4), num_heads=-1,
                num_head_channels=32, context_dim=128, conv_resample=False, norm_groups=8, remat="none"),
     conditioning=dict(width=128, label=True, dropout=0.1, label_dropout=0.3,

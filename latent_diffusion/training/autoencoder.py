@@ -247,8 +247,8 @@ def create_state(state: None, frozen: dict, batch: dict, rng: Key[Array, ""], *,
         disc_opt_state = tx[1].init(disc_params)
     ema_params = {"autoencoder": jax.tree.map(jnp.copy, autoencoder)} if config.ema.decay > 0 else {}
     return AutoencoderTrainState(
-        step=jnp.zeros((), jnp.int32), params=params, ema_params=ema_params, opt_state=tx[0].init(params), disc_params=disc_params,
-        disc_stats=disc_stats, disc_opt_state=disc_opt_state), {}
+        step=jnp.zeros((), jnp.int32), params=params, ema_params=ema_params, opt_state=tx[0].init(params),
+        disc_params=disc_params, disc_stats=disc_stats, disc_opt_state=disc_opt_state), {}
 
 
 def psnr(x: Float[Array, "b h w c"], y: Float[Array, "b h w c"]) -> Float[Array, "b"]:

@@ -1,4 +1,4 @@
-"""Whole training steps are large programs, run a few times: compiled without optimization they are ready twice as fast."""
+"""Whole training steps are large programs, run a few times: compiled without optimization they are ready sooner."""
 
 import jax
 import pytest
