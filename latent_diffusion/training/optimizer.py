@@ -61,7 +61,8 @@ def create(config: Any, *, rate_factor: float = 1.0) -> optax.GradientTransforma
 
 def kernels_as_matrices(params: Any) -> Any:
     """What Muon orthogonalizes: the kernels of linear layers and convolutions (inputs x outputs, where the pixels of a
-    convolution's window count as inputs). The rest - biases, norms, embeddings - is left to Adam."""
+    convolution's window count as inputs). The rest - biases, norms, embeddings - is left to Adam (with
+    Nesterov momentum in optax)."""
     def dimensions(path: Any, leaf: Array) -> Any:
         if getattr(path[-1], "key", None) != "kernel":
             return None

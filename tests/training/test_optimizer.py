@@ -43,8 +43,9 @@ def test_adamw_decays_every_parameter_like_torch():
 def test_muon_orthogonalizes_kernels_and_leaves_the_rest_to_adam():
     """A kernel's first update is -lr 0.2 sqrt(longer side) U V^T of its gradient as a matrix, inputs x outputs, up to
     the five Newton-Schulz steps, which bring singular values near 1 only (Jordan 2024; Liu et al. 2025, equation 4);
-    weight decay as AdamW's, on all; other parameters as by Adam: -lr sign(g)."""
-    tx = optimizer.create(config(name="muon", learning_rate=0.1, scale_lr=False, weight_decay=0.01))
+    weight decay as AdamW's, on all; other parameters as by Adam with Nesterov momentum (Dozat 2016), whose first update
+    is -lr (1 + b1 / (1 + b1)) sign(g)."""
+    tx = optimizer.create(config(name="muon", learning_rate=0.1, scale_lr=False, weight_decay=0.01, b1=0.5))
     rng = np.random.default_rng(0)
     shapes = {"conv": {"kernel": (3, 3, 4, 8), "bias": (8,)}, "dense": {"kernel": (4, 16)}, "norm": {"scale": (8,)},
               "table": {"embedding": (5, 4)}}
@@ -60,7 +61,7 @@ def test_muon_orthogonalizes_kernels_and_leaves_the_rest_to_adam():
         np.testing.assert_allclose(inside, np.diag(np.diag(inside)), atol=1e-4)
         assert np.all((0.6 < np.diag(inside)) & (np.diag(inside) < 1.3))
     for name, leaf in (("conv", "bias"), ("norm", "scale"), ("table", "embedding")):
-        np.testing.assert_allclose(steps[name][leaf], -0.1 * np.sign(grads[name][leaf]), atol=1e-5)
+        np.testing.assert_allclose(steps[name][leaf], -0.1 * (4 / 3) * np.sign(grads[name][leaf]), atol=1e-5)
 
 
 def test_clipping_by_global_norm():
