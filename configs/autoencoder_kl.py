@@ -10,6 +10,7 @@ steps); f8 0.90, 24.19 (247k); f16 0.87, 24.08 (443k); f32 2.04, 22.27 (407k). N
 """
 
 from latent_diffusion import config as config_lib
+from latent_diffusion import defaults
 
 VARIANTS = {
     "f4": dict(model=dict(embed_dim=3, z_channels=3, ch_mult=(1, 2, 4))),
@@ -52,6 +53,6 @@ ARGUMENTS = config_lib.data_arguments(stage="autoencoder")
 
 def get_config(argument: str = ""):
     """The config that ``configs/autoencoder_kl.py:argument`` names."""
-    return config_lib.resolve(argument, config_lib.autoencoder_defaults(), file="configs/autoencoder_kl.py",
+    return config_lib.resolve(argument, defaults.autoencoder(), file="configs/autoencoder_kl.py",
                               variants=VARIANTS, arguments=ARGUMENTS,
                               modifiers={"emoji": EMOJI, "small": SMALL, "smoke": SMOKE})

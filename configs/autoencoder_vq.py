@@ -10,6 +10,7 @@ ImageNet-val reconstruction in the reference's README: f4 rFID 0.58, PSNR 27.43 
 """
 
 from latent_diffusion import config as config_lib
+from latent_diffusion import defaults
 
 
 def _variant(channels, ch_mult, n_embed, batch_size, disc_start, disc_weight, *, disc_layers=3, **model):
@@ -64,6 +65,6 @@ ARGUMENTS = config_lib.data_arguments(stage="autoencoder")
 
 def get_config(argument: str = ""):
     """The config that ``configs/autoencoder_vq.py:argument`` names."""
-    return config_lib.resolve(argument, config_lib.autoencoder_defaults(), file="configs/autoencoder_vq.py",
+    return config_lib.resolve(argument, defaults.autoencoder(), file="configs/autoencoder_vq.py",
                               variants=VARIANTS, arguments=ARGUMENTS,
                               modifiers={"emoji": EMOJI, "small": SMALL, "smoke": SMOKE})

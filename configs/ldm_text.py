@@ -10,6 +10,7 @@ Arguments: size=PIXELS, folder=DIR (images with a captions.jsonl).
 """
 
 from latent_diffusion import config as config_lib
+from latent_diffusion import defaults
 
 VARIANTS = {
     "txt2img_1p4b": dict(
@@ -72,6 +73,6 @@ ARGUMENTS = config_lib.data_arguments(stage="diffusion")
 
 def get_config(argument: str = ""):
     """The config that ``configs/ldm_text.py:argument`` names."""
-    return config_lib.resolve(argument, config_lib.diffusion_defaults(), file="configs/ldm_text.py",
+    return config_lib.resolve(argument, defaults.diffusion(), file="configs/ldm_text.py",
                               variants=VARIANTS, arguments=ARGUMENTS,
                               modifiers={"emoji": EMOJI, "small": SMALL, "smoke": SMOKE})

@@ -9,6 +9,7 @@ pictures), small (64x64 pictures of your own, README.md), smoke (seconds). Argum
 """
 
 from latent_diffusion import config as config_lib
+from latent_diffusion import defaults
 
 _LDM4 = dict(image_size=0, in_channels=0, out_channels=0, model_channels=224, num_res_blocks=2,
              attention_resolutions=(8, 4, 2), channel_mult=(1, 2, 3, 4), num_heads=-1, num_head_channels=32)
@@ -76,6 +77,6 @@ ARGUMENTS = config_lib.data_arguments(stage="diffusion")
 
 def get_config(argument: str = ""):
     """The config that ``configs/ldm_unconditional.py:argument`` names."""
-    return config_lib.resolve(argument, config_lib.diffusion_defaults(), file="configs/ldm_unconditional.py",
+    return config_lib.resolve(argument, defaults.diffusion(), file="configs/ldm_unconditional.py",
                               variants=VARIANTS, arguments=ARGUMENTS,
                               modifiers={"emoji": EMOJI, "small": SMALL, "smoke": SMOKE})

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from latent_diffusion import config as config_lib
-from latent_diffusion import models, parallel, pipeline, request
+from latent_diffusion import defaults, models, parallel, pipeline, request
 from latent_diffusion.diffusion import samplers
 from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.errors import UserError
@@ -289,7 +289,7 @@ def test_workdirs_that_cannot_be_used(tmp_path, workdir):
     assert "no checkpoint of step 3; there are 7" in message(workdir, step=3)
     (tmp_path / "config.json").write_text(config_lib.to_json(tiny_models.config("none")))
     assert "no complete checkpoint" in message(tmp_path)
-    (tmp_path / "config.json").write_text(config_lib.to_json(config_lib.autoencoder_defaults()))
+    (tmp_path / "config.json").write_text(config_lib.to_json(defaults.autoencoder()))
     assert "autoencoder (stage 1); give the workdir of a stage-2 run" in message(tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert "cannot be read" in message(tmp_path)

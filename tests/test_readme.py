@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from latent_diffusion import config as config_lib
+from latent_diffusion import defaults
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -100,14 +101,13 @@ def test_make_targets_and_requirements_exist(line):
 
 
 @functools.cache
-def defaults() -> tuple[dict, dict]:
-    return tuple(config_lib.flatten(make()) for make in (
-        config_lib.autoencoder_defaults, config_lib.diffusion_defaults))
+def flat_defaults() -> tuple[dict, dict]:
+    return tuple(config_lib.flatten(make()) for make in (defaults.autoencoder, defaults.diffusion))
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_config_keys_in_the_text_exist(path):
-    known = {key for flat in defaults() for key in flat}
+    known = {key for flat in flat_defaults() for key in flat}
     sections = {key.split(".")[0] for key in known if "." in key}
     text = path.read_text()
     mentioned = set(re.findall(r"--config\.([\w.]+)=", text)) - {"section.key", "x.y"}
@@ -124,7 +124,7 @@ def test_table_of_keys_is_complete_and_right():
         if row := re.match(r"\| `([\w.]+)` \| (`.*`) \| ([12]?) ?\| ", line):
             table[row[1]] = ([eval(value) for value in re.findall(r"`([^`]+)`", row[2])], row[3])
     first, second = ({key: value for key, value in flat.items() if not key.startswith("first_stage.model.")}
-                     for flat in defaults())
+                     for flat in flat_defaults())
     assert set(table) == {*first, *second}
     for key, (values, stage) in table.items():
         if key.split(".")[0] == "model" and stage:  # one name in two networks: the table of its own stage

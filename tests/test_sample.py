@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latent_diffusion import checkpoint, pipeline
+from latent_diffusion import checkpoint, defaults, pipeline
 from latent_diffusion import config as config_lib
 from tests import tiny_models
 
@@ -29,7 +29,7 @@ def workdirs(tmp_path_factory):
     for kind in ("none", "class", "both"):
         (root / kind).mkdir()
         tiny_models.save(tiny_models.model(kind), root / kind)
-    for name, config in (("stage1", config_lib.autoencoder_defaults()), ("untrained", tiny_models.config("none")),
+    for name, config in (("stage1", defaults.autoencoder()), ("untrained", tiny_models.config("none")),
                          ("text", tiny_models.config("text"))):
         (root / name).mkdir()
         (root / name / "config.json").write_text(config_lib.to_json(config))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion import checkpoint, conditions, models
+from latent_diffusion import checkpoint, conditions, defaults, models
 from latent_diffusion import config as config_lib
 from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.pipeline import LatentDiffusion
@@ -16,7 +16,7 @@ SCALE_FACTOR = 0.7
 
 def config(kind: str, **conditioning):
     """`kind`: "none", "class", "text" or "both" (text by cross-attention, class added to the time embedding)."""
-    c = config_lib.diffusion_defaults()
+    c = defaults.diffusion()
     text = kind in ("text", "both")
     with c.unlocked():
         c.data.update(source="memory", image_size=16)

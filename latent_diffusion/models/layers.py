@@ -67,12 +67,7 @@ def conv(
 
 
 def conv1x1(
-    x: Float[Array, "b t c"],
-    features: int,
-    name: str,
-    *,
-    zero_init: bool = False,
-    dtype: Dtype = jnp.float32,
+    x: Float[Array, "b t c"], features: int, name: str, *, zero_init: bool = False, dtype: Dtype = jnp.float32
 ) -> Float[Array, "b t d"]:
     """torch's Conv1d with kernel size 1, which the reference uses inside its UNet's attention."""
     zeros = nn.initializers.zeros

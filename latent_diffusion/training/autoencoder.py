@@ -18,7 +18,7 @@ from latent_diffusion.errors import choose
 from latent_diffusion.models.discriminator import PatchDiscriminator
 from latent_diffusion.models.perceptual import LPIPS
 from latent_diffusion.parallel import AXIS, mean_over_devices, sum_over_devices
-from latent_diffusion.training.optimizer import accumulate, ema_decay
+from latent_diffusion.training.optimizer import accumulate, update_ema
 from latent_diffusion.training.state import AutoencoderTrainState
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -207,11 +207,8 @@ def train_step(
     if not config.training.loss.learn_logvar:  # weight decay must not move it either
         updates["logvar"] = jnp.zeros_like(updates["logvar"])
     params = optax.apply_updates(state.params, updates)
-    ema_params = state.ema_params
-    if config.ema.decay > 0:
-        decay = ema_decay(state.step + 1, config.ema.decay, config.ema.warmup)
-        ema_params = optax.incremental_update({"autoencoder": params["autoencoder"]}, ema_params, 1 - decay)
-    metrics["grad_norm"] = optax.tree.norm(gradients)
+    ema_params, ema_metrics = update_ema(state.ema_params, params, state.step + 1, config.ema)
+    metrics |= ema_metrics | {"grad_norm": optax.tree.norm(gradients)}
 
     disc_params, disc_opt_state = state.disc_params, state.disc_opt_state
     if uses_discriminator(config):

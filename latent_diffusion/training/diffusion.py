@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 from latent_diffusion import keys
 from latent_diffusion.diffusion import process
 from latent_diffusion.parallel import AXIS, mean_over_devices, sum_over_devices
-from latent_diffusion.training.optimizer import accumulate, ema_decay
+from latent_diffusion.training.optimizer import accumulate, update_ema
 from latent_diffusion.training.state import TrainState
 
 CONDITIONS = ("tokens", "label")  # batch keys that hold a condition y; `frozen["null"]` has the null value of each
@@ -148,12 +148,8 @@ def train_step(
     updates, opt_state = tx.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
-    ema_params = state.ema_params
-    if config.ema.decay > 0:
-        decay = ema_decay(state.step + 1, config.ema.decay, config.ema.warmup)
-        ema_params = optax.incremental_update(averaged_subset(params, config), ema_params, 1 - decay)
-        metrics["ema_decay"] = decay
-    metrics["grad_norm"] = optax.tree.norm(gradients)
+    ema_params, ema_metrics = update_ema(state.ema_params, params, state.step + 1, config.ema)
+    metrics |= ema_metrics | {"grad_norm": optax.tree.norm(gradients)}
     return state.replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state), metrics
 
 

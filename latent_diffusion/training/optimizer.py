@@ -49,7 +49,7 @@ def create(config: Any, *, rate_factor: float = 1.0) -> optax.GradientTransforma
         "adamw": lambda: optax.adamw(
             learning_rate, options.b1, options.b2, options.eps, weight_decay=options.weight_decay),
         "muon": lambda: optax.contrib.muon(
-            learning_rate, weight_decay=options.weight_decay, adam_b1=options.b1, adam_b2=options.b2,
+            learning_rate, eps=options.eps, weight_decay=options.weight_decay, adam_b1=options.b1, adam_b2=options.b2,
             adam_weight_decay=options.weight_decay, muon_weight_dimension_numbers=kernels_as_matrices,
             consistent_rms=0.2),
         "sgd": lambda: optax.sgd(learning_rate),
@@ -75,6 +75,21 @@ def ema_decay(step: Int[Array, ""], decay: float, warmup: bool) -> Float[Array, 
     (the reference's LitEma counts n before using it)."""
     n = jnp.asarray(step, jnp.float32)
     return jnp.minimum(decay, (1 + n) / (10 + n)) if warmup else jnp.asarray(decay, jnp.float32)
+
+
+def update_ema(ema_params: dict, params: dict, step: Int[Array, ""], options: Any) -> tuple[dict, dict]:
+    """The averages after the update number `step` (from 1), with their decay as a metric.
+
+    Args:
+      ema_params: trees by name, ``{"unet": ...}``; they say what is averaged. Empty without EMA.
+      params: the parameters after the update, of at least these names.
+      options: ``config.ema``.
+    """
+    if not ema_params:
+        return ema_params, {}
+    decay = ema_decay(step, options.decay, options.warmup)
+    covered = {name: params[name] for name in ema_params}
+    return optax.incremental_update(covered, ema_params, 1 - decay), {"ema_decay": decay}
 
 
 def accumulate(

@@ -1,6 +1,7 @@
 """What a run says: a progress bar on a terminal, a line now and then elsewhere, and messages that do not break it."""
 
 import logging
+import os
 import sys
 from typing import Any, TextIO
 
@@ -38,7 +39,8 @@ class WarningHandler(logging.Handler):
 
 
 def _is_terminal() -> bool:
-    return sys.stderr.isatty()
+    """A terminal with a width; those of some containers have none, and a bar there would be cut to nothing."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
 class _Lines:

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import shutil
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -284,6 +286,18 @@ def test_bar_without_a_terminal_is_a_few_lines(capsys):
     lines = said.err.splitlines()
     assert said.out == "half of it\n" and "\r" not in said.err and len(lines) <= 3
     assert "1000/1000" in lines[-1] and "ETA" in lines[-1]
+
+
+def test_bar_on_a_terminal_without_a_width_is_lines_too(monkeypatch):
+    screen, terminal = os.openpty()  # 0 columns
+    with os.fdopen(terminal, "w") as file:
+        monkeypatch.setattr(sys, "stderr", file)
+        with progress.bar(2, 0, "training") as bar:
+            bar.update(2)
+        file.flush()
+        shown = os.read(screen, 10_000).decode()
+    os.close(screen)
+    assert "2/2" in shown and "ETA" in shown
 
 
 def test_warnings_are_lines(capsys):
