@@ -31,9 +31,9 @@ EMOJI = dict(
 )
 SMALL = dict(
     data=dict(image_size=64),
-    model=dict(embed_dim=4, z_channels=4, ch=16, ch_mult=(1, 2, 4), num_res_blocks=1, norm_groups=8,
+    model=dict(embed_dim=4, z_channels=4, ch=16, ch_mult=(1, 2, 4), num_res_blocks=1, norm_groups=4,
                attn_resolutions=(), attn_type="none"),
-    optimizer=dict(learning_rate=3e-3, scale_lr=False, b1=0.9, b2=0.99, schedule="cosine", warmup_steps=50,
+    optimizer=dict(name="muon", learning_rate=1e-2, scale_lr=False, b1=0.9, b2=0.99, schedule="cosine", warmup_steps=50,
                    clip_norm=1.0),
     training=dict(batch_size=16, num_steps=2000, log_every=25, image_every=250,
                   loss=dict(perceptual="alex", perceptual_weight=0.2, kl_weight=3e-2, disc_factor=0.0)),
