@@ -2,6 +2,8 @@
 
     python sample.py --workdir DIR --prompt "red apple" --prompt "flag of japan" --num_samples 8 --guidance_scale 3
     python sample.py --workdir DIR --labels 3,7 --steps 100 --sampler ddim --eta 1
+    python sample.py --workdir DIR --low_res small.png
+    python sample.py --workdir DIR --image picture.png --mask mask.png --num_samples 4
     python sample.py --workdir DIR --num_samples 50000 --batch_size 250
 
 Writes one PNG for each picture (000000.png ...), with all settings in its text chunks; samples.png, a labelled grid;
@@ -9,25 +11,33 @@ and samples.npz, in the layout of the guided-diffusion (ADM) evaluators. What is
 The same seed gives the same pictures for any batch size and number of devices.
 """
 
-import argparse
-import concurrent.futures
-import math
 import os
-import re
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+import signal
 
-import jax
-import numpy as np
-from etils import epath
-from tqdm import tqdm
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # nothing to tidy up while the imports run
 
-from latent_diffusion import images, parallel, pipeline, request
-from latent_diffusion.errors import UserError
+import argparse  # noqa: E402
+import concurrent.futures  # noqa: E402
+import math  # noqa: E402
+import re  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
+from typing import Any, NoReturn  # noqa: E402
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from etils import epath  # noqa: E402
+from PIL import Image  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from latent_diffusion import images, layouts, parallel, pipeline, request  # noqa: E402
+from latent_diffusion.data import transforms  # noqa: E402
+from latent_diffusion.errors import UserError, read_text  # noqa: E402
 
 MAX_IN_GRID = 100  # pictures; all of them are in the single files
 OURS = re.compile(r"\d{6,}\.png|samples\.png|samples\.npz")  # what an earlier run may have left
+SOFTWARE = {"Software": "latent_diffusion"}  # in the metadata of our pictures
 COMPILE_CACHE = "~/.cache/latent_diffusion/jax"  # unless JAX_COMPILATION_CACHE_DIR is set; set it empty for no cache
 
 
@@ -49,6 +59,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prompts_file", metavar="FILE",
         help="one prompt per line, or 'PROMPT | CLASS'; lines '# TITLE' start titled parts of the grid")
     add("--labels", metavar="3,7,NAME", help="classes to draw, numbers or names; paired with prompts if both are given")
+    add("--layout", action="append", default=[], metavar="FILE",
+        help='objects, a JSON list of {"label": "dog", "box": [left, top, right, bottom]} in [0, 1]; repeatable')
+    add("--segmentation", action="append", default=[], metavar="FILE",
+        help="semantic map, a grey or palette image of class numbers; repeatable")
+    add("--low_res", action="append", default=[], metavar="FILE", help="picture to enlarge; repeatable")
+    add("--image", action="append", default=[], metavar="FILE", help="picture to be painted into; repeatable")
+    add("--mask", action="append", default=[], metavar="FILE",
+        help="where to paint: white; one for each --image, or one for all")
     add("--num_samples", type=int, metavar="N",
         help="pictures in all; conditions are repeated in turn (default: one for each condition, 16 without any)")
     add("--steps", type=int, help="of the sampler")
@@ -57,6 +75,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--eta", type=float, help="noise of ddim: 0 = none, 1 = as much as ddpm")
     add("--seed", type=int, default=0)
     add("--size", type=_size, metavar="H,W", help="in pixels (default: that of the training images)")
+    add("--tile", type=int, metavar="PIXELS", help="compute big pictures in overlapping patches of this side")
+    add("--overlap", type=int, metavar="PIXELS", help="of the patches (default: a quarter of --tile)")
     add("--batch_size", type=int, metavar="N", help="pictures at once, over all devices (default: up to 16)")
     add("--output", metavar="DIR", help="folder for the pictures (default: WORKDIR/samples)")
     add("--overwrite", action="store_true", help="write into a folder that is not empty; earlier samples are removed")
@@ -82,8 +102,8 @@ def read_prompts(args: argparse.Namespace) -> tuple[list[str], list[str], list[s
     if args.prompts_file:
         path = epath.Path(args.prompts_file)
         if not path.is_file():
-            raise UserError(f"--prompts_file {path} does not exist")
-        for line in map(str.strip, path.read_text().splitlines()):
+            raise UserError(f"--prompts_file {path} {'is a folder' if path.exists() else 'does not exist'}")
+        for line in map(str.strip, read_text(path).splitlines()):
             if line.startswith("#"):
                 title = line.lstrip("# ")
             elif line:
@@ -101,9 +121,12 @@ def read_prompts(args: argparse.Namespace) -> tuple[list[str], list[str], list[s
 
 def plan(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     """Everything that is going to be drawn, checked: prompts, labels, titles, number and label names."""
-    names = request.read_label_names(args.workdir)
+    names, object_names = request.read_names(args.workdir), request.read_names(args.workdir, "objects")
     prompts, titles, classes = read_prompts(args)
-    asked = bool(prompts or args.labels is not None)
+    maps, objects = read_maps(args, config), None
+    if args.layout:
+        objects = request.resolve_layouts(config, [layouts.read(path, object_names) for path in args.layout])
+    asked = bool(prompts or args.labels is not None or maps or objects)
     given = dict(prompts=prompts or None, labels=classes or (None if args.labels is None else [args.labels]))
     fields = request.condition_fields(config)
     if not asked:
@@ -113,17 +136,51 @@ def plan(args: argparse.Namespace, config: Any) -> dict[str, Any]:
             given["labels"] = range(config.conditioning.num_classes)  # as evaluations do
     prompts, labels = request.resolve_conditions(
         config, given.get("prompts"), given.get("labels"), names)
-    conditions = max(len(prompts or ()), len(labels or ()))
+    conditions = max(map(len, (prompts or (), labels or (), objects or (), *maps.values())))
     number = args.num_samples if args.num_samples is not None else conditions if asked else 16
     if number < 1:
         raise UserError(f"--num_samples {number} must be 1 or more")
     if asked and number < conditions:
-        raise UserError(f"--num_samples {number} is less than the {conditions} prompts or labels")
+        raise UserError(f"--num_samples {number} is less than the {conditions} conditions that are given")
     for flag in ("batch_size", "columns"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UserError(f"--{flag} {value} must be 1 or more")
     titles = titles if titles and len(titles) == conditions else [""] * max(1, conditions)
-    return dict(prompts=prompts, labels=labels, titles=titles, number=number, names=names)
+    given = maps | ({"layouts": objects} if objects else {})
+    return dict(prompts=prompts, labels=labels, titles=titles, number=number, names=names, given=given,
+                object_names=object_names)
+
+
+def read_maps(args: argparse.Namespace, config: Any) -> dict[str, np.ndarray]:
+    """The pictures and maps of the flags, checked: arrays (n, H, W, ...) as `pipeline.sample` takes them."""
+    given = {}
+    for name in ("segmentation", "low_res", "image", "mask"):
+        pictures = [read_picture(path, name, config.data.channels) for path in getattr(args, name)]
+        if pictures:
+            if len({picture.shape for picture in pictures}) > 1:
+                raise UserError(f"--{name}: all pictures must have the same size; sample those of another size apart")
+            given[name] = np.stack(pictures)
+    if {"image", "mask"} <= set(given) and len(given["mask"]) not in (1, len(given["image"])):
+        raise UserError(f"{len(given['image'])} --image, {len(given['mask'])} --mask: give one mask, or one for each")
+    request.resolve_maps(config, **given)
+    return given
+
+
+def read_picture(path: str, name: str, channels: int) -> np.ndarray:
+    """A picture (H, W, channels), a mask (H, W), or a map of class numbers (H, W)."""
+    file = epath.Path(path)
+    if not file.is_file():
+        raise UserError(f"--{name} {path} does not exist")
+    try:
+        if name == "segmentation":
+            return transforms.decode_map(file.read_bytes())
+        pixels = transforms.flatten(transforms.decode(file.read_bytes()))
+        grey = transforms.set_channels(pixels, 1)[..., 0]
+        return grey if name == "mask" else transforms.set_channels(pixels, channels)
+    except UserError as error:
+        raise UserError(f"--{name} {path}: {error}") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"--{name} {path} is no image that can be read: {error}") from error
 
 
 def claim_output(args: argparse.Namespace) -> epath.Path:
@@ -141,14 +198,27 @@ def claim_output(args: argparse.Namespace) -> epath.Path:
     return output
 
 
+def is_ours(path: epath.Path) -> bool:
+    """Whether a file was written by an earlier run of this program, as its name and its metadata say."""
+    if not OURS.fullmatch(path.name) or path.suffix != ".png":
+        return path.name == "samples.npz"
+    try:
+        with path.open("rb") as file, Image.open(file) as image:
+            return getattr(image, "text", {}).get("Software") == SOFTWARE["Software"]
+    except OSError:  # no picture, so none of ours
+        return False
+
+
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> int:
     config = request.read_config(args.workdir)
     override_sampling(config, args)
-    settings = request.resolve_settings(config, seed=args.seed, size=args.size)
     wanted = plan(args, config)
+    maps = {name: x for name, x in wanted["given"].items() if name != "layouts"}
+    size = request.size_of_maps(config, request.resolve_maps(config, **maps), args.size)
+    settings = request.resolve_settings(config, seed=args.seed, size=size, tile=args.tile, overlap=args.overlap)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(COMPILE_CACHE))
     parallel.initialize()
@@ -157,12 +227,12 @@ def run(args: argparse.Namespace) -> int:
     model = pipeline.LatentDiffusion.from_workdir(args.workdir, args.step)
     override_sampling(model.config, args)
     batches = model.sample_batches(
-        wanted["prompts"], wanted["labels"], num_samples=wanted["number"], batch_size=args.batch_size, seed=args.seed,
-        size=args.size)
+        wanted["prompts"], wanted["labels"], **wanted["given"], num_samples=wanted["number"],
+        batch_size=args.batch_size, seed=args.seed, size=args.size, tile=args.tile, overlap=args.overlap)
 
     if first and args.overwrite:
         for path in output.iterdir():
-            if OURS.fullmatch(path.name):
+            if is_ours(path):
                 path.unlink()
     common = dict(
         workdir=args.workdir, step=model.step, seed=settings.seed, sampler=settings.sampler, steps=settings.steps,
@@ -174,7 +244,7 @@ def run(args: argparse.Namespace) -> int:
         with bar:
             for batch in batches:
                 for image in batch.images if first else ():
-                    metadata = {"Software": "latent_diffusion", **describe(wanted, number), **common, "index": number}
+                    metadata = SOFTWARE | describe(wanted, number) | common | {"index": number}
                     images.save_png(output / f"{number:06d}.png", image, metadata)
                     if args.npz or number < MAX_IN_GRID:
                         kept.append(image)
@@ -220,17 +290,23 @@ def save_together(
         label = about.get("label_name", about.get("label"))
         texts.append(str(about["prompt"] if "prompt" in about else "" if label is None else label))
         parts.setdefault(wanted["titles"][number % conditions], []).append(number)
-    blocks = [images.Block(pictures[part], [texts[i] for i in part], title) for title, part in parts.items()]
+    seen = pictures[:shown]
+    if wanted["given"]:  # each picture beside its condition
+        seen = np.concatenate([np.stack([images.condition(wanted["given"], i, seen.shape[1:], wanted["object_names"])
+                                         for i in range(shown)]), seen], axis=2)
+    blocks = [images.Block(seen[part], [texts[i] for i in part], title) for title, part in parts.items()]
     columns = args.columns or (
         conditions if 1 < conditions <= 8 and len(parts) == 1 else
         min(8, max(map(len, parts.values()))) if len(parts) > 1 else math.ceil(math.sqrt(shown)))
-    images.save_png(output / "samples.png", images.labelled_grid(blocks, columns), common)
+    images.save_png(output / "samples.png", images.labelled_grid(blocks, columns), SOFTWARE | common)
     files = f"{output / '000000.png'}" + (f" to {wanted['number'] - 1:06d}.png" if wanted["number"] > 1 else "")
     if args.npz:
         labels = wanted["labels"] and np.resize(wanted["labels"], len(pictures))
         images.save_npz(output / "samples.npz", pictures, labels)
     also = f"; as an array: {output / 'samples.npz'}" if args.npz else ""
-    print(f"{wanted['number']} pictures: {files}; together: {output / 'samples.png'}{also}")
+    count = f"{wanted['number']} picture" + "s" * (wanted["number"] != 1)
+    print(f"{count}: {files}; together: {output / 'samples.png'}{also}; peak memory "
+          f"{parallel.peak_memory() / 2**30:.1f} GiB")
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
@@ -262,4 +338,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

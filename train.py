@@ -9,6 +9,9 @@ interrupted (after saving, once training has begun; the same command goes on fro
 import os
 import signal
 import sys
+import threading
+
+GRACE = 5.0  # seconds that an interrupted start has to end by itself
 
 
 def stop_at_once(signum: int, frame: object) -> None:
@@ -120,9 +123,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def interrupt(signum: int, frame: object) -> None:
-    """Until the loop takes over: what has been begun is tidied up by unwinding; a second signal does not wait."""
+    """Until the loop takes over: what has been begun is tidied up by unwinding; a second signal does not wait.
+
+    Python drops an exception that is raised inside of a destructor or a callback of its garbage collector, of which JAX
+    has one, and the signal would be lost: so the program ends after a while in any case.
+    """
     on_signals(stop_at_once)
+    timer = threading.Timer(GRACE, give_up, (signum,))
+    timer.daemon = True
+    timer.start()
     raise KeyboardInterrupt(signum)
+
+
+def give_up(signum: int) -> None:
+    os.write(2, b"train.py: interrupted before the first step\n")
+    os._exit(128 + signum)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
     python train.py --config configs/autoencoder_vq.py:f4 --config.data.name=imagenet2012 --workdir DIR
 
-Variants: f4, f4_noattn, f8, f8_n256, f16 (default f4). Modifiers: emoji (built-in 64x64 pictures),
-small (64x64 pictures of your own), smoke (seconds).
+Variants: f4, f4_noattn, f8, f8_n256, f16 (default f4), and rows of Table 8 that were not released: f2, f2_n64,
+f4_n256, f32 (with the losses of f4 and f16, since the paper does not say).
+Modifiers: emoji (built-in 64x64 pictures), small (64x64 pictures of your own), smoke (seconds).
 Arguments: size=PIXELS, folder=DIR (a folder of images instead of a TFDS set), channels=1 (grey images).
 ImageNet-val reconstruction in the reference's README: f4 rFID 0.58, PSNR 27.43 (533k steps); f4_noattn 1.06, 25.21
-(658k); f8 1.14, 23.07 (971k); f8_n256 1.49, 22.35 (1.6M); f16 5.15, 20.83 (1.1M). Not reproduced here yet.
+(658k); f8 1.14, 23.07 (971k); f8_n256 1.49, 22.35 (1.6M); f16 5.15, 20.83 (1.1M); Table 8: f2 0.16, 30.85; f2_n64 0.40,
+29.13; f4_n256 0.47, 26.43; f32 31.83, 17.45. Not reproduced here yet.
 """
 
 from latent_diffusion import config as config_lib
@@ -15,6 +17,7 @@ from latent_diffusion import defaults
 
 def _variant(channels, ch_mult, n_embed, batch_size, disc_start, disc_weight, *, disc_layers=3, **model):
     return dict(
+        data=dict(crop="random", min_crop_scale=2 / 3),  # about the reference's: resized to 384, cropped to 256
         model=dict(kind="vq", double_z=False, embed_dim=channels, z_channels=channels, ch_mult=ch_mult,
                    n_embed=n_embed, **model),
         training=dict(batch_size=batch_size, loss=dict(
@@ -28,8 +31,13 @@ VARIANTS = {
     "f8": _variant(4, (1, 2, 2, 4), 16384, 10, 1, 0.6, disc_layers=2, attn_resolutions=(32,)),
     "f8_n256": _variant(4, (1, 2, 2, 4), 256, 10, 250_001, 0.75, attn_resolutions=(32,)),
     "f16": _variant(8, (1, 1, 2, 2, 4), 16384, 14, 250_001, 0.75, disc_layers=2, attn_resolutions=(16,)),
+    "f2": _variant(2, (1, 2), 2048, 8, 0, 0.75),
+    "f2_n64": _variant(2, (1, 2), 64, 8, 0, 0.75),
+    "f4_n256": _variant(3, (1, 2, 4), 256, 8, 0, 0.75),
+    "f32": _variant(16, (1, 1, 2, 2, 4, 4), 16384, 14, 250_001, 0.75, disc_layers=2, attn_resolutions=(16, 8)),
 }
-EMOJI = dict(
+_PLAIN = dict(data=dict(crop="center", min_crop_scale=1.0))  # whatever the variant says
+EMOJI = defaults.merged(_PLAIN, dict(
     data=dict(source="emoji", image_size=64),
     model=dict(ch=16, ch_mult=(1, 2, 4), num_res_blocks=1, norm_groups=8, attn_resolutions=(), resolution=64,
                attn_type="none", n_embed=1024),
@@ -39,8 +47,8 @@ EMOJI = dict(
                   loss=dict(perceptual="alex", perceptual_weight=0.2, disc_factor=0.0)),
     evaluation=dict(every=650),
     checkpoint=dict(every=130),
-)
-SMALL = dict(
+))
+SMALL = defaults.merged(_PLAIN, dict(
     data=dict(image_size=64),
     model=dict(embed_dim=4, z_channels=4, ch=16, ch_mult=(1, 2, 4), num_res_blocks=1, norm_groups=8,
                attn_resolutions=(), attn_type="none", n_embed=1024),
@@ -50,8 +58,8 @@ SMALL = dict(
                   loss=dict(perceptual="alex", perceptual_weight=0.2, disc_factor=0.0)),
     evaluation=dict(every=250),
     checkpoint=dict(every=250),
-)
-SMOKE = dict(
+))
+SMOKE = defaults.merged(_PLAIN, dict(
     data=dict(source="memory", image_size=32),
     model=dict(ch=32, ch_mult=(1, 1), num_res_blocks=1, norm_groups=8, resolution=32, attn_resolutions=(),
                n_embed=64),
@@ -59,7 +67,7 @@ SMOKE = dict(
                   loss=dict(perceptual="none", disc_start=2, disc_channels=8, disc_layers=1)),
     evaluation=dict(every=0, num_images=4),
     checkpoint=dict(every=2),
-)
+))
 ARGUMENTS = config_lib.data_arguments(stage="autoencoder")
 
 

@@ -4,8 +4,10 @@
         --workdir DIR
 
 Variants: txt2img_1p4b (LDM-KL-8 with a 32-layer text transformer, 872M + 582M parameters; the paper: batch 680, 390k
-steps, FID 23.31 on COCO, 12.63 with guidance 1.5; not reproduced here). Modifiers: emoji (built-in pictures, text and
-class conditions, minutes on a CPU), small (64x64 pictures of your own, docs/own_pictures.md), smoke (seconds).
+steps, FID 23.31 on COCO, 12.63 with guidance 1.5), cc256 (the released text2img256, Conceptual Captions, LDM-VQ-4,
+404M + 167M, batch 28; FID 16.79 in the reference's README); not reproduced here.
+Modifiers: emoji (built-in pictures, text and class conditions, minutes on a CPU), small (64x64 pictures of your own,
+docs/own_pictures.md), smoke (seconds).
 Arguments: size=PIXELS, folder=DIR (images with a captions.jsonl).
 """
 
@@ -24,50 +26,39 @@ VARIANTS = {
         training=dict(batch_size=680, num_steps=390_000),
         sampling=dict(steps=250, guidance_scale=1.5),
     ),
+    "cc256": dict(
+        model=dict(image_size=0, in_channels=0, out_channels=0, model_channels=192, num_res_blocks=2,
+                   attention_resolutions=(8, 4, 2), channel_mult=(1, 2, 3, 5), num_heads=-1, num_head_channels=32,
+                   use_spatial_transformer=True, transformer_depth=1, context_dim=640),
+        conditioning=dict(crossattn="text", width=640),
+        first_stage=dict(scale_factor=1.0),
+        optimizer=dict(learning_rate=2e-6),
+        training=dict(batch_size=28),
+        sampling=dict(steps=100),
+    ),
 }
-EMOJI = dict(
-    data=dict(source="emoji", image_size=64, label_key="sublabel", styles=("twemoji",),
-              groups=("smileys-and-emotion", "food-fruit", "food-vegetable", "country-flag", "time",
-                      "sky-and-weather")),
-    model=dict(model_channels=32, num_res_blocks=1, attention_resolutions=(2, 4), channel_mult=(1, 2, 4), num_heads=-1,
-               num_head_channels=32, context_dim=128, conv_resample=False, norm_groups=8, remat="none"),
+EMOJI = defaults.merged(defaults.EMOJI, dict(
+    data=dict(label_key="sublabel", groups=(
+        "smileys-and-emotion", "food-fruit", "food-vegetable", "country-flag", "time", "sky-and-weather")),
+    model=dict(attention_resolutions=(2, 4), context_dim=128),
     conditioning=dict(width=128, label=True, dropout=0.1, label_dropout=0.3,
                       text=dict(vocab_size=2000, max_length=8, layers=0)),
-    first_stage=dict(scale_factor=0.0),
-    diffusion=dict(linear_start=0.0015, linear_end=0.0195, parameterization="v"),
-    optimizer=dict(name="muon", learning_rate=6e-3, scale_lr=False, b2=0.99, schedule="cosine", warmup_steps=100,
-                   clip_norm=1.0),
     ema=dict(decay=0.995, include_conditioner=True),
-    training=dict(batch_size=32, num_steps=1300, log_every=25, image_every=650),
+    training=dict(batch_size=32, num_steps=1300, image_every=650),
     evaluation=dict(every=650),
     checkpoint=dict(every=130),
-    sampling=dict(steps=40, guidance_scale=1.5),
-)
-SMALL = dict(
-    data=dict(image_size=64),
-    model=dict(model_channels=64, num_res_blocks=1, attention_resolutions=(2, 4), channel_mult=(1, 2, 3),
-               num_heads=-1, num_head_channels=32, conv_resample=False, norm_groups=8, context_dim=128, remat="none"),
+    sampling=dict(guidance_scale=1.5),
+))
+SMALL = defaults.merged(defaults.SMALL, dict(
+    model=dict(context_dim=128),
     conditioning=dict(width=128, text=dict(vocab_size=2000, max_length=32, layers=0)),
-    first_stage=dict(scale_factor=0.0),
-    diffusion=dict(linear_start=0.0015, linear_end=0.0195, parameterization="v"),
-    optimizer=dict(learning_rate=1.5e-3, scale_lr=False, b2=0.99, schedule="cosine", warmup_steps=100, clip_norm=1.0),
-    ema=dict(decay=0.998, include_conditioner=True),
-    training=dict(batch_size=16, num_steps=4000, log_every=25, image_every=500),
-    evaluation=dict(every=500),
-    checkpoint=dict(every=250),
-    sampling=dict(steps=50, guidance_scale=3.0),
-)
-SMOKE = dict(
-    data=dict(source="memory", image_size=32),
-    model=dict(model_channels=32, num_res_blocks=1, attention_resolutions=(2,), channel_mult=(1, 2),
-               num_heads=-1, num_head_channels=16, norm_groups=8, context_dim=32, remat="none"),
+    ema=dict(include_conditioner=True),
+    sampling=dict(guidance_scale=3.0),
+))
+SMOKE = defaults.merged(defaults.SMOKE, dict(
+    model=dict(context_dim=32),
     conditioning=dict(width=32, text=dict(vocab_size=200, max_length=8, layers=1, heads=2, head_dim=16)),
-    first_stage=dict(scale_factor=0.0),
-    training=dict(batch_size=8, num_steps=4, log_every=2, image_every=0),
-    evaluation=dict(every=0, num_images=4),
-    checkpoint=dict(every=2),
-    sampling=dict(steps=4),
-)
+))
 ARGUMENTS = config_lib.data_arguments(stage="diffusion")
 
 

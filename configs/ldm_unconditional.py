@@ -4,8 +4,9 @@
         --config.data.source=folder --config.data.path=FFHQ --workdir DIR
 
 Variants and the paper's scores (FID, 50k samples; not reproduced here yet): celebahq256 5.11 (410k steps, batch 48),
-ffhq256 4.98 (635k, 42), lsun_churches256 4.02 (500k, 96), lsun_bedrooms256 2.95 (1.9M, 48). Modifiers: emoji (built-in
-pictures), small (64x64 pictures of your own, README.md), smoke (seconds). Arguments: size=PIXELS, folder=DIR.
+ffhq256 4.98 (635k, 42), lsun_churches256 4.02 (500k, 96), lsun_bedrooms256 2.95 (1.9M, 48); and the sweep over f of
+Table 14 on CelebA-HQ (500k steps each): ldm1, ldm2, ldm4, ldm8, ldm16, ldm32. Modifiers: emoji (built-in pictures),
+small (64x64 pictures of your own, README.md), smoke (seconds). Arguments: size=PIXELS, folder=DIR.
 """
 
 from latent_diffusion import config as config_lib
@@ -20,6 +21,14 @@ def _ldm4(batch_size, num_steps):
                 training=dict(batch_size=batch_size, num_steps=num_steps), sampling=dict(steps=200, eta=1.0))
 
 
+def _sweep(channels, channel_mult, attention, batch_size, rate, **first_stage):
+    return dict(
+        data=dict(name="celeb_a_hq/256", split="train[:25000]", eval_split="train[25000:]"),
+        model=_LDM4 | dict(model_channels=channels, attention_resolutions=attention, channel_mult=channel_mult),
+        first_stage=dict(scale_factor=1.0, **first_stage), optimizer=dict(learning_rate=rate, scale_lr=False),
+        training=dict(batch_size=batch_size, num_steps=500_000), sampling=dict(steps=200))
+
+
 VARIANTS = {
     "lsun_churches256": dict(
         data=dict(name="lsun/church_outdoor", flip=True),
@@ -29,49 +38,28 @@ VARIANTS = {
         diffusion=dict(linear_end=0.0155, loss="l1"),
         optimizer=dict(learning_rate=5e-5, scale_lr=False, warmup_steps=10_000),
         training=dict(batch_size=96, num_steps=500_000), sampling=dict(steps=200)),
-    "celebahq256": _ldm4(48, 410_000) | dict(data=dict(name="celeb_a_hq/256", split="train[:25000]",
-                                                       eval_split="train[25000:]")),
+    "celebahq256": _ldm4(48, 410_000) | dict(
+        data=dict(name="celeb_a_hq/256", split="train[:25000]", eval_split="train[25000:]"),
+        sampling=dict(steps=500, eta=0.0)),
     "ffhq256": _ldm4(42, 635_000) | dict(data=dict(source="folder")),
     "lsun_bedrooms256": _ldm4(48, 1_900_000) | dict(data=dict(name="lsun/bedroom", flip=True)),
+    "ldm1": _sweep(192, (1, 1, 2, 2, 4, 4), (32, 16, 8), 9, 9e-5, model=dict(kind="identity")),
+    "ldm2": _sweep(192, (1, 2, 2, 4, 4), (16, 8, 4), 11, 1.1e-4),
+    "ldm4": _sweep(224, (1, 2, 3, 4), (8, 4, 2), 48, 9.6e-5),
+    "ldm8": _sweep(256, (1, 2, 4), (4, 2, 1), 96, 9.6e-5),
+    "ldm16": _sweep(256, (1, 2, 4), (4, 2, 1), 128, 1.3e-4),
+    "ldm32": _sweep(256, (1, 2, 4), (4, 2, 1), 128, 1.3e-4),
 }
-EMOJI = dict(
-    data=dict(source="emoji", image_size=64, flip=False, styles=("twemoji",)),
-    model=dict(model_channels=64, num_res_blocks=1, attention_resolutions=(4,), channel_mult=(1, 2, 3), num_heads=-1,
-               num_head_channels=32, conv_resample=False, norm_groups=8, use_scale_shift_norm=False,
-               resblock_updown=False),
-    first_stage=dict(scale_factor=0.0),
-    diffusion=dict(linear_end=0.0195, loss="l2", parameterization="v"),
-    optimizer=dict(learning_rate=1.5e-3, scale_lr=False, b2=0.99, schedule="cosine", warmup_steps=100, clip_norm=1.0),
+EMOJI = defaults.merged(defaults.EMOJI, dict(
+    model=dict(model_channels=64, channel_mult=(1, 2, 3)),
+    optimizer=dict(name="adamw", learning_rate=1.5e-3),
     ema=dict(decay=0.998),
-    training=dict(batch_size=16, num_steps=3600, log_every=50, image_every=1800),
+    training=dict(num_steps=3600, log_every=50, image_every=1800),
     evaluation=dict(every=1800),
     checkpoint=dict(every=300),
-    sampling=dict(steps=50, eta=0.0),
-)
-SMALL = dict(
-    data=dict(image_size=64, flip=False),
-    model=dict(model_channels=64, num_res_blocks=1, attention_resolutions=(2, 4), channel_mult=(1, 2, 3),
-               num_heads=-1, num_head_channels=32, conv_resample=False, norm_groups=8, use_scale_shift_norm=False,
-               resblock_updown=False),
-    first_stage=dict(scale_factor=0.0),
-    diffusion=dict(linear_end=0.0195, loss="l2", parameterization="v"),
-    optimizer=dict(learning_rate=1.5e-3, scale_lr=False, b2=0.99, schedule="cosine", warmup_steps=100, clip_norm=1.0),
-    ema=dict(decay=0.998),
-    training=dict(batch_size=16, num_steps=4000, log_every=25, image_every=500),
-    evaluation=dict(every=500),
-    checkpoint=dict(every=250),
-    sampling=dict(steps=50, eta=0.0),
-)
-SMOKE = dict(
-    data=dict(source="memory", image_size=32, flip=False),
-    model=dict(model_channels=32, num_res_blocks=1, attention_resolutions=(2,), channel_mult=(1, 2),
-               num_heads=-1, num_head_channels=16, norm_groups=8),
-    first_stage=dict(scale_factor=0.0),
-    training=dict(batch_size=8, num_steps=4, log_every=2, image_every=0),
-    evaluation=dict(every=0, num_images=4),
-    checkpoint=dict(every=2),
-    sampling=dict(steps=4),
-)
+    sampling=dict(steps=50),
+))
+MODIFIERS = {"emoji": EMOJI, "small": defaults.SMALL, "smoke": defaults.SMOKE}
 ARGUMENTS = config_lib.data_arguments(stage="diffusion")
 
 
@@ -79,4 +67,4 @@ def get_config(argument: str = ""):
     """The config that ``configs/ldm_unconditional.py:argument`` names."""
     return config_lib.resolve(argument, defaults.diffusion(), file="configs/ldm_unconditional.py",
                               variants=VARIANTS, arguments=ARGUMENTS,
-                              modifiers={"emoji": EMOJI, "small": SMALL, "smoke": SMOKE})
+                              modifiers=MODIFIERS)

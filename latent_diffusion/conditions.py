@@ -1,6 +1,7 @@
 """What a user says -> arrays: captions to tokens, label names to numbers. NumPy only; used by data and pipeline."""
 
 import collections
+import difflib
 import functools
 import heapq
 import itertools
@@ -12,8 +13,10 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from latent_diffusion.errors import UserError
+from latent_diffusion.errors import UserError, read_text
 
+SEQUENCES = {"class": "label", "text": "tokens", "layout": "layout"}  # conditioning.crossattn -> what a batch calls it
+MAPS = {"none": (), "segmentation": ("segmentation",), "low_res": ("low_res",), "inpainting": ("image", "mask")}
 PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 SPECIAL_TOKENS = (PAD, UNK, CLS, SEP)
 
@@ -165,7 +168,7 @@ def load_vocabulary(path: epath.PathLike) -> Vocabulary:
     path = epath.Path(path)
     if not path.exists():
         raise UserError(f"no vocabulary at {path}")
-    lines = path.read_text().split("\n")
+    lines = read_text(path).split("\n")
     return Vocabulary(tuple(line.rstrip("\r") for line in (lines[:-1] if lines[-1] == "" else lines)))
 
 
@@ -195,17 +198,20 @@ def parse_labels(text: str, names: Sequence[str]) -> Int[np.ndarray, " n"]:
     Each entry is a class name (upper and lower case alike), or else a number in [0, len(names)).
     Raises UserError for anything else, with the choices.
     """
-    by_name = {name.lower(): i for i, name in enumerate(names)}
-    labels = []
-    for entry in (part.strip() for part in text.split(",")):
-        if entry.lower() in by_name:
-            labels.append(by_name[entry.lower()])
-        elif entry.isdecimal() and int(entry) < len(names):
-            labels.append(int(entry))
-        else:
-            shown = ", ".join(f"{i} {name}" for i, name in enumerate(names[:50])) + (", ..." if len(names) > 50 else "")
-            raise UserError(f"unknown label {entry!r}; choose from: {shown}")
-    return np.asarray(labels, np.int32)
+    return np.asarray([parse_label(part, names) for part in text.split(",")], np.int32)
+
+
+def parse_label(text: str, names: Sequence[str], where: str = "") -> int:
+    """One entry of `parse_labels`; `where` begins the message."""
+    by_name, entry = {name.lower(): i for i, name in enumerate(names)}, text.strip()
+    if entry.lower() in by_name:
+        return by_name[entry.lower()]
+    if entry.isdecimal() and int(entry) < len(names):
+        return int(entry)
+    near = difflib.get_close_matches(entry.lower(), by_name, n=1)
+    shown = ", ".join(f"{i} {name}" for i, name in enumerate(names[:50])) + (", ..." if len(names) > 50 else "")
+    raise UserError(f"{where}unknown label {entry!r}" + (f", perhaps {near[0]!r}?" if near else "") +
+                    f"; choose from: {shown}")
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:

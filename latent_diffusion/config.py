@@ -4,8 +4,9 @@ Every file in ``configs/`` has the same sections (`latent_diffusion.defaults`) a
 
     configs/NAME.py:TOKEN[,TOKEN...][,key=value...]
 
-with at most one *variant* (a row of the paper), the *modifiers* ``emoji`` (built-in data) and ``smoke`` (tiny, seconds
-on a CPU) in any order, and the file's own typed arguments. All else is set with ``--config.section.key=value``.
+with at most one *variant* (a row of the paper), the *modifiers* ``emoji`` (built-in data), ``small`` (64-pixel pictures
+of any source) and ``smoke`` (tiny, seconds on a CPU) in any order, and the file's own typed arguments. All else is set
+with ``--config.section.key=value``.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from latent_diffusion import defaults, layouts
 from latent_diffusion.errors import UserError, choose
 
 FREELY_CHANGED = (  # keys that a resumed run may change: they alter neither the model nor the data
@@ -95,12 +97,14 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """Reads what `to_json` wrote."""
+    """Reads what `to_json` wrote; a key that did not exist then has its default."""
     def tuples(value):
         if isinstance(value, dict):
             return {key: tuples(item) for key, item in value.items()}
         return tuple(tuples(item) for item in value) if isinstance(value, list) else value
-    return ConfigDict(tuples(json.loads(text))).lock()
+    saved = tuples(json.loads(text))
+    base = {"autoencoder": defaults.autoencoder, "diffusion": defaults.diffusion}.get(saved.get("stage"), ConfigDict)()
+    return ConfigDict(defaults.merged(base.to_dict(), saved)).lock()
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -130,7 +134,7 @@ def check_same(config: ConfigDict, saved: ConfigDict, workdir: str) -> None:
 # --- validation ------------------------------------------------------------------------------------------------------
 
 CHOICES = {
-    "data.source": ("tfds", "folder", "emoji", "memory"),
+    "data.source": ("tfds", "folder", "emoji", "emoji_scenes", "memory"),
     "data.crop": ("center", "random"),
     "data.background": ("white", "random"),
     "data.on_corrupt": ("error", "skip"),
@@ -143,7 +147,7 @@ CHOICES = {
 }
 STAGE_CHOICES = {
     "autoencoder": {
-        "model.kind": ("kl", "vq", "identity"),
+        "model.kind": ("kl", "vq"),
         "model.attn_type": ("vanilla", "linear", "none"),
         "training.loss.pixel": ("l1", "l2"),
         "training.loss.perceptual": ("vgg", "alex", "none"),
@@ -151,8 +155,10 @@ STAGE_CHOICES = {
         "training.loss.disc_norm": ("batch", "actnorm"),
     },
     "diffusion": {
-        "conditioning.crossattn": ("none", "class", "text"),
-        "conditioning.concat": ("none",),
+        "conditioning.crossattn": ("none", "class", "text", "layout"),
+        "conditioning.concat": ("none", "segmentation", "low_res", "inpainting"),
+        "conditioning.low_res.degradation": ("bicubic", "bsrgan", "bsrgan_light"),
+        "conditioning.inpainting.masks": ("narrow", "medium", "wide", "boxes", "mixed"),
         "diffusion.beta_schedule": ("linear", "cosine", "sqrt_linear", "sqrt"),
         "diffusion.parameterization": ("eps", "x0", "v"),
         "diffusion.loss": ("l1", "l2"),
@@ -161,7 +167,36 @@ STAGE_CHOICES = {
 POSITIVE = (
     "data.image_size", "training.batch_size", "training.num_steps", "training.accumulate", "training.log_every",
     "optimizer.learning_rate", "checkpoint.every", "checkpoint.keep", "evaluation.num_images", "sampling.steps",
+    "data.threads",
 )
+
+
+NOT_NEGATIVE = ("training.image_every", "evaluation.every", "optimizer.warmup_steps", "optimizer.clip_norm",
+                "data.workers", "evaluation.max_batches")
+
+
+def _value_mistakes(config: ConfigDict, flat: dict[str, Any]) -> list[str]:
+    """Values that are impossible whatever the others are."""
+    mistakes = [
+        f"{key}={flat[key]!r} is not one of {', '.join(map(repr, choices))}"
+        for key, choices in {**CHOICES, **choose(STAGE_CHOICES, config.stage, "stage")}.items()
+        if flat[key] not in choices
+    ]
+    mistakes += [f"{key}={flat[key]!r} must be above 0" for key in POSITIVE if not flat[key] > 0]
+    mistakes += [f"{key}={flat[key]!r} must be 0 or above" for key in NOT_NEGATIVE if not flat[key] >= 0]
+    mistakes += [f"{key}={flat[key]!r} must lie in [0, 1)" for key in (
+        "ema.decay", "data.holdout", "conditioning.dropout", "conditioning.text_dropout", "conditioning.label_dropout",
+    ) if key in flat and not 0 <= flat[key] < 1]
+    if not 0 <= config.seed < 2**32:
+        mistakes.append(f"seed={config.seed} must lie between 0 and {2**32 - 1}")
+    return mistakes
+
+
+def _level_mistakes(flat: dict[str, Any]) -> list[str]:
+    """Levels of the networks that are none, without which no size can be told."""
+    return [f"{key}={flat[key]!r} must be whole numbers above 0, one for each level, as in '(1,2,4)'"
+            for key in ("model.ch_mult", "model.channel_mult", "first_stage.model.ch_mult")
+            if key in flat and not (flat[key] and all(isinstance(x, int) and x > 0 for x in flat[key]))]
 
 
 def _size_mistakes(config: ConfigDict) -> list[str]:
@@ -181,9 +216,11 @@ def _size_mistakes(config: ConfigDict) -> list[str]:
             mistakes.append(f"{section}.{key}={first[key]} but data.channels={config.data.channels}; make them equal")
     if config.stage == "diffusion":
         latent = config.data.channels if first.kind == "identity" else first.embed_dim
-        for key in ("in_channels", "out_channels"):
-            if config.model[key] != latent:
-                mistakes.append(f"model.{key}={config.model[key]} but the first stage has {latent} latent channels")
+        for key, more in (("in_channels", map_channels(config)), ("out_channels", 0)):
+            if config.model[key] != latent + more:
+                mistakes.append(f"model.{key}={config.model[key]} but the first stage has {latent} latent channels"
+                                + (f" and conditioning.concat adds {more}" if more else ""))
+        mistakes += _conditioning_mistakes(config, size // factor)
         if config.model.model_channels % config.model.norm_groups:
             mistakes.append(f"model.model_channels={config.model.model_channels} is not a multiple of "
                             f"model.norm_groups={config.model.norm_groups}")
@@ -194,15 +231,39 @@ def _size_mistakes(config: ConfigDict) -> list[str]:
         if size // factor % down:
             mistakes.append(f"the latents are {size // factor} wide, which the UNet's {down}x downsampling "
                             f"(len(model.channel_mult)={len(config.model.channel_mult)}) does not divide")
-        if config.conditioning.crossattn != "none":
-            if not config.model.use_spatial_transformer:
-                mistakes.append("conditioning.crossattn needs model.use_spatial_transformer=True")
-            if config.model.context_dim != config.conditioning.width:
-                mistakes.append(f"model.context_dim={config.model.context_dim} and "
-                                f"conditioning.width={config.conditioning.width} must be equal")
         if config.sampling.steps > config.diffusion.timesteps:
             mistakes.append(f"sampling.steps={config.sampling.steps} exceeds "
                             f"diffusion.timesteps={config.diffusion.timesteps}")
+    return mistakes
+
+
+def map_channels(config: ConfigDict) -> int:
+    """How many channels ``conditioning.concat`` adds to the UNet's input."""
+    first = config.first_stage.model
+    latent = config.data.channels if first.kind == "identity" else first.embed_dim
+    return {"segmentation": config.conditioning.segmentation.channels, "low_res": config.data.channels,
+            "inpainting": latent + 1}.get(config.conditioning.concat, 0)
+
+
+def _conditioning_mistakes(config: ConfigDict, latent_size: int) -> list[str]:
+    """Conditions that the networks or the data cannot take."""
+    options, mistakes = config.conditioning, []
+    if options.crossattn != "none":
+        if not config.model.use_spatial_transformer:
+            mistakes.append("conditioning.crossattn needs model.use_spatial_transformer=True")
+        if config.model.context_dim != options.width:
+            mistakes.append(f"model.context_dim={config.model.context_dim} and conditioning.width={options.width} must "
+                            "be equal")
+    if options.crossattn == "layout":
+        mistakes += layouts.check_options(options.layout)
+    if options.concat == "low_res" and config.data.image_size != latent_size * options.low_res.factor:
+        mistakes.append(f"conditioning.low_res.factor={options.low_res.factor} makes pictures of "
+                        f"{config.data.image_size / options.low_res.factor:g} pixels, but the latents, to which they "
+                        f"are joined, are {latent_size} wide; make the factor that of the first stage")
+    if config.first_stage.cache and (options.concat != "none" or options.crossattn == "layout"):
+        what = options.concat if options.concat != "none" else options.crossattn
+        mistakes.append(f"first_stage.cache holds latents only, and conditioning by {what} is made from the pictures; "
+                        "leave it empty")
     return mistakes
 
 
@@ -214,16 +275,7 @@ def validate(config: ConfigDict, *, num_devices: int = 1, num_processes: int = 1
       num_devices: devices of all processes together.
       num_processes: processes that each read a part of the batch.
     """
-    flat = flatten(config)
-    mistakes = [
-        f"{key}={flat[key]!r} is not one of {', '.join(map(repr, choices))}"
-        for key, choices in {**CHOICES, **choose(STAGE_CHOICES, config.stage, "stage")}.items()
-        if flat[key] not in choices
-    ]
-    mistakes += [f"{key}={flat[key]!r} must be above 0" for key in POSITIVE if not flat[key] > 0]
-    mistakes += [f"{key}={flat[key]!r} must lie in [0, 1)" for key in (
-        "ema.decay", "data.holdout", "conditioning.dropout", "conditioning.text_dropout", "conditioning.label_dropout",
-    ) if key in flat and not 0 <= flat[key] < 1]
+    mistakes = _value_mistakes(config, flatten(config))
     pieces = num_devices * config.training.accumulate
     if config.training.batch_size % pieces:
         mistakes.append(f"training.batch_size={config.training.batch_size} does not divide over {num_devices} devices "
@@ -238,6 +290,6 @@ def validate(config: ConfigDict, *, num_devices: int = 1, num_processes: int = 1
         mistakes += [f"first_stage.cache cannot hold random variants of an image but its mirror image: set "
                      f"data.{key}={plain!r}, or leave the cache out" for key, plain in (
                          ("crop", "center"), ("background", "white")) if config.data[key] == "random"]
-    mistakes += _size_mistakes(config)
+    mistakes += _level_mistakes(flatten(config)) or _size_mistakes(config)
     if mistakes:
         raise UserError("config: " + "; ".join(mistakes))

@@ -1,7 +1,11 @@
 """Every key of a config, with its default and what it means. docs/configs.md is the same list for readers of the docs.
 
-A leaf module: it imports nothing of ours. Every file in ``configs/`` starts from one of the two functions at the end.
+A leaf module: it imports nothing of ours. Every file in ``configs/`` starts from `autoencoder` or `diffusion`; those of
+stage 2 build their modifiers on `EMOJI`, `SMALL` and `SMOKE`.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -21,6 +25,7 @@ def _data() -> dict:
         flip=False,               # horizontal flip with probability 1/2 in training
         background="white",       # behind transparent images: white | random (plain color per example)
         image_key="image", label_key="label", caption_key="caption",
+        map_key="segmentation", objects_key="objects",  # semantic map (class numbers), objects with boxes
         styles=("twemoji", "openmoji"),  # source emoji: the drawing styles to use
         groups=(),                # source emoji: only these groups or subgroups ("flags", "food-fruit" ...); () = all
         skin_tones=False,         # source emoji: keep skin-tone variants
@@ -150,9 +155,9 @@ def diffusion() -> ConfigDict:
             model=_autoencoder_model(),
         ),
         conditioning=dict(
-            crossattn="none",     # none | class | text: tau_theta, seen by cross-attention
+            crossattn="none",     # none | class | text | layout: tau_theta, seen by cross-attention
             label=False,          # class embedding added to the time embedding
-            concat="none",
+            concat="none",        # none | segmentation | low_res | inpainting: joined to z_t channel by channel
             num_classes=0,        # 0 = from the data; one more row is the null class
             width=512,            # width of tau_theta's output
             dropout=0.1,          # probability of training with the null condition (classifier-free guidance)
@@ -161,6 +166,27 @@ def diffusion() -> ConfigDict:
             text=dict(
                 vocab="",         # a BERT vocab.txt; "" = train a WordPiece vocabulary on the captions
                 vocab_size=30522, max_length=77, layers=32, heads=8, head_dim=64,
+            ),
+            layout=dict(
+                num_classes=0,    # of objects; 0 = from the data
+                form="boxes",     # boxes (class, two corners) | centers (class, center)
+                max_objects=30,   # per picture
+                crop=True,        # add the crop of the picture as two tokens
+                flags=True,       # object classes times group/occluded/depiction/inside
+                vocab_size=8192,  # object classes, places and "none" share it; places lie on a grid of its root's side
+                max_length=92,    # 3 (or 2) tokens an object, 2 for the crop
+                layers=16, heads=8, head_dim=64,
+            ),
+            segmentation=dict(
+                num_classes=0,    # of the map; 0 = from the data
+                channels=3,       # that the map becomes before it is joined
+            ),
+            low_res=dict(
+                factor=4,         # of the super-resolution
+                degradation="bicubic",  # bicubic | bsrgan | bsrgan_light
+            ),
+            inpainting=dict(
+                masks="mixed",    # narrow | medium | wide | boxes | mixed
             ),
         ),
         diffusion=dict(
@@ -177,3 +203,57 @@ def diffusion() -> ConfigDict:
     ))
     config.optimizer.update(dict(name="adamw", learning_rate=1e-6, b1=0.9, b2=0.999, weight_decay=0.01))
     return config.lock()
+
+
+# --- modifiers of stage 2 --------------------------------------------------------------------------------------------
+
+
+def merged(*overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """One override of all, where later ones win: sections are joined, other values replaced."""
+    out: dict[str, Any] = {}
+    for override in overrides:
+        for key, value in override.items():
+            both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+            out[key] = merged(out[key], value) if both else value
+    return out
+
+
+_PLAIN = dict(  # whatever the variant says
+    data=dict(flip=False, crop="center", min_crop_scale=1.0),
+    model=dict(num_heads=-1, num_res_blocks=1, norm_groups=8, use_scale_shift_norm=False, resblock_updown=False,
+               remat="none"),
+    first_stage=dict(scale_factor=0.0),
+)
+_LEARN_FAST = dict(
+    model=dict(conv_resample=False, num_head_channels=32),
+    diffusion=dict(linear_start=0.0015, linear_end=0.0195, loss="l2", parameterization="v"),
+    optimizer=dict(scale_lr=False, b2=0.99, schedule="cosine", warmup_steps=100, clip_norm=1.0),
+)
+EMOJI = merged(_PLAIN, _LEARN_FAST, dict(  # built-in pictures of 64 pixels, minutes on a CPU
+    data=dict(source="emoji", image_size=64, styles=("twemoji",)),
+    model=dict(model_channels=32, attention_resolutions=(4,), channel_mult=(1, 2, 4)),
+    optimizer=dict(name="muon", learning_rate=6e-3),
+    ema=dict(decay=0.99),
+    training=dict(batch_size=16, num_steps=600, log_every=25, image_every=300),
+    evaluation=dict(every=300),
+    checkpoint=dict(every=100),
+    sampling=dict(steps=40, eta=0.0),
+))
+SMALL = merged(_PLAIN, _LEARN_FAST, dict(  # pictures of 64 pixels of any source
+    data=dict(image_size=64),
+    model=dict(model_channels=64, attention_resolutions=(2, 4), channel_mult=(1, 2, 3)),
+    optimizer=dict(learning_rate=1.5e-3),
+    ema=dict(decay=0.998),
+    training=dict(batch_size=16, num_steps=4000, log_every=25, image_every=500),
+    evaluation=dict(every=500),
+    checkpoint=dict(every=250),
+    sampling=dict(steps=50, eta=0.0),
+))
+SMOKE = merged(_PLAIN, dict(  # seconds
+    data=dict(source="memory", image_size=32),
+    model=dict(model_channels=32, attention_resolutions=(2,), channel_mult=(1, 2), num_head_channels=16),
+    training=dict(batch_size=8, num_steps=4, log_every=2, image_every=0),
+    evaluation=dict(every=0, num_images=4),
+    checkpoint=dict(every=2),
+    sampling=dict(steps=4),
+))

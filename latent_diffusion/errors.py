@@ -1,4 +1,4 @@
-"""What goes wrong because of the user. A leaf module without imports, so that anything may use it at no cost."""
+"""What goes wrong because of the user. A leaf module that imports nothing heavy, so that anything may use it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,15 @@ from typing import Any
 
 class UserError(ValueError):
     """A mistake in what the user gave. The programs print its message as one line and exit with code 2."""
+
+
+def read_text(path: Any) -> str:
+    """The text of a file that a user wrote (a path with `read_bytes`), UTF-8 with or without the mark that some editors
+    put first. Raises UserError for other encodings."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
 
 
 def choose(choices: Mapping[str, Any], name: str, key: str) -> Any:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from jaxtyping import Float, Int, Num, UInt8
+from PIL import Image, ImageColor, ImageDraw, ImageFont, PngImagePlugin
 
 TEXT_SIZE = 13  # pixels
 TITLE_SIZE = 16
@@ -25,6 +25,80 @@ def to_uint8(x: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
     reconstructions some accuracy; compare scores that were computed from files with this in mind.
     """
     return np.clip(np.round((np.asarray(x, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def psnr(x: UInt8[np.ndarray, "n h w c"], y: UInt8[np.ndarray, "n h w c"]) -> float:
+    """Peak signal-to-noise ratio in dB, the mean over pictures (at most 100 for equal ones)."""
+    error = np.mean((x.astype(np.float32) - y) ** 2, axis=(1, 2, 3))
+    return float(np.mean(10 * np.log10(255**2 / np.maximum(error, 255**2 * 1e-10))))
+
+
+# --- conditions as pictures ------------------------------------------------------------------------------------------
+
+
+def enlarge(image: UInt8[np.ndarray, "h w c"], size: tuple[int, int], *, smooth: bool) -> UInt8[np.ndarray, "h2 w2 c"]:
+    """The picture at another height and width, bicubic or each pixel a rectangle."""
+    how = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    return np.asarray(_to_pil(image).resize(size[::-1], how)).reshape(*size, image.shape[2])
+
+
+def fill(image: UInt8[np.ndarray, "h w c"], mask: Num[np.ndarray, "h w 1"]) -> UInt8[np.ndarray, "h w c"]:
+    """The picture with the mean of its known pixels where the mask is 1."""
+    known = mask[..., 0] < 0.5
+    mean = image[known].mean(axis=0) if known.any() else np.full(image.shape[2], 127.5)
+    return np.where(known[..., None], image, np.rint(mean).astype(np.uint8))
+
+
+def class_color(number: int) -> tuple[int, int, int]:
+    """A color for a class: hues a golden section apart, so that neighbors differ; 0 is white."""
+    if number == 0:
+        return PAPER
+    return ImageColor.getrgb(f"hsv({number * 222.5 % 360:.0f}, {90 - number // 3 % 3 * 20}%, {85 - number % 3 * 15}%)")
+
+
+def color_map(classes: Int[np.ndarray, "h w"], channels: int = 3) -> UInt8[np.ndarray, "h w c"]:
+    """A semantic map in colors (greys for one channel)."""
+    palette = np.array([class_color(number) for number in range(int(classes.max(initial=0)) + 1)], np.uint8)
+    return palette[classes] if channels == 3 else palette[classes].mean(axis=-1, keepdims=True).astype(np.uint8)
+
+
+def draw_boxes(
+    boxes: Float[np.ndarray, "n 4"], names: Sequence[str], shape: tuple[int, ...]
+) -> UInt8[np.ndarray, "h w c"]:
+    """Boxes (left, top, width, height in [0, 1]) with their names on white."""
+    height, width, channels = shape
+    canvas = Image.new("RGB", (width, height), PAPER)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(max(8, min(TEXT_SIZE, width // 10)))
+    for number, (box, name) in enumerate(zip(boxes, names, strict=True), start=1):
+        left, top, right, bottom = (round(x * side) for x, side in zip(
+            (box[0], box[1], box[0] + box[2], box[1] + box[3]), (width - 1, height - 1) * 2, strict=True))
+        draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=class_color(number))
+        draw.text((left + 2, top + 1), name, class_color(number), font)
+    pixels = np.asarray(canvas)
+    return pixels if channels == 3 else pixels.mean(axis=-1, keepdims=True).astype(np.uint8)
+
+
+def condition(
+    given: Mapping[str, Sequence[Any]], number: int, shape: tuple[int, ...], object_names: Sequence[str] = ()
+) -> UInt8[np.ndarray, "h w c"]:
+    """What picture `number` was made from, as a picture of that shape (h, w, c).
+
+    Args:
+      given: what `pipeline.LatentDiffusion.sample` was given; the rows of each are used in turn.
+    """
+    row = {name: rows[number % len(rows)] for name, rows in given.items()}
+    if "low_res" in row:
+        return enlarge(row["low_res"], shape[:2], smooth=False)
+    if "mask" in row:
+        mask = row["mask"].reshape(*shape[:2], 1)
+        return fill(row["image"], mask > (127 if mask.dtype == np.uint8 and mask.max() > 1 else 0.5))
+    if "segmentation" in row:
+        return color_map(row["segmentation"], shape[2])
+    objects = row["layouts"]
+    return draw_boxes(objects.boxes, [object_names[i] for i in objects.labels], shape)
+
+
+# --- grids -----------------------------------------------------------------------------------------------------------
 
 
 def grid(images: UInt8[np.ndarray, "n h w c"], columns: int, *, gap: int = 2) -> UInt8[np.ndarray, "h2 w2 c"]:

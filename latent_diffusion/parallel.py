@@ -8,6 +8,8 @@ multi-process runs. A step must average what it returns (`mean_over_devices`): p
 
 import functools
 import os
+import resource
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -135,6 +137,13 @@ def _pmap(function: Callable, static: dict[str, Any], in_axes: tuple, **options:
         return mapped(*((argument,) for argument in arguments))
 
     return call
+
+
+def peak_memory() -> int:
+    """The most bytes that were in use at once, of the first local accelerator or, where there is none, this process."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return statistics.get("peak_bytes_in_use", kilobytes * (1 if sys.platform == "darwin" else 1024))
 
 
 def gather(tree: Any) -> Any:

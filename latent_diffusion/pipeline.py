@@ -18,12 +18,14 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from latent_diffusion import checkpoint, images, models, parallel, request
 from latent_diffusion import conditions as conditions_lib
-from latent_diffusion.diffusion import guidance, samplers
+from latent_diffusion import layouts as layouts_lib
+from latent_diffusion.diffusion import guidance, samplers, tiles
 from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.errors import UserError
 from latent_diffusion.training import diffusion as stage2
 
 AnyArray = jax.Array | np.ndarray
+Layouts = layouts_lib.Objects | Sequence[layouts_lib.Objects] | None
 BATCH_SIZE = 16  # pictures that are drawn at once, where the caller does not say
 
 
@@ -35,6 +37,15 @@ class Conditioning(NamedTuple):
 
     crossattn: str
     label: bool
+    concat: str
+
+
+class Tile(NamedTuple):
+    """Patches in which big pictures are computed: side and overlap in latents, and how much larger pixels are."""
+
+    side: int
+    overlap: int
+    factor: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +60,7 @@ class Program:
     steps: int
     guided: bool
     latent_shape: tuple[int, int, int]
+    tile: Tile | None
 
 
 def draw(shared: Mapping[str, Any], batch: Mapping[str, Array], *, program: Program) -> tuple[Array, Array]:
@@ -57,7 +69,8 @@ def draw(shared: Mapping[str, Any], batch: Mapping[str, Array], *, program: Prog
     Args:
       shared: ``params``, ``null`` (the null conditions, one row), ``scale_factor``, ``key``, ``guidance_scale``,
         ``eta``.
-      batch: ``index`` (b,), the numbers of the pictures, and the conditions ``tokens`` (b, l), ``label`` (b,).
+      batch: ``index`` (b,), the numbers of the pictures, and the conditions of `training.diffusion.condition` and
+        `condition_map`.
       program: static.
 
     Returns:
@@ -65,16 +78,19 @@ def draw(shared: Mapping[str, Any], batch: Mapping[str, Array], *, program: Prog
     """
     params, index = shared["params"], batch["index"]
     tau = functools.partial(stage2.condition, program.models, params, options=program.conditioning)
-    denoise = functools.partial(_predict, program.models, params)
-    inputs = tau({name: y for name, y in batch.items() if name != "index"})
+    denoise = functools.partial(_predict, program.models, params, tile=program.tile)
+    spatial = _condition_map(params, batch, program)
+    inputs = tau(batch) | spatial
     if program.guided:
-        denoise_fn = guidance.classifier_free(denoise, inputs, tau(shared["null"]), shared["guidance_scale"])
+        denoise_fn = guidance.classifier_free(
+            denoise, inputs, tau(shared["null"]) | spatial, shared["guidance_scale"])
     else:
         denoise_fn = functools.partial(denoise, inputs=inputs)
     z_0 = samplers.sample(
         denoise_fn, program.schedule, shared["key"], (index.shape[0], *program.latent_shape), method=program.sampler,
         steps=program.steps, eta=shared["eta"], parameterization=program.parameterization, indices=index)
-    return z_0, _decode(params, z_0, shared["scale_factor"], models=program.models)
+    decode = functools.partial(_decode, params, scale_factor=shared["scale_factor"], models=program.models)
+    return z_0, decode(z_0) if program.tile is None else tiles.tiled(decode, z_0, *program.tile[:2])
 
 
 @functools.lru_cache(maxsize=16)
@@ -82,8 +98,30 @@ def _compiled(program: Program) -> Any:
     return parallel.pmap_local(draw, program=program)
 
 
-def _predict(networks: models.Models, params: Any, z_t: Array, t: Array, inputs: Mapping[str, Array]) -> Array:
-    return networks.unet.apply({"params": params["unet"]}, z_t, t, **inputs).astype(jnp.float32)
+def _predict(
+    networks: models.Models, params: Any, z_t: Array, t: Array, inputs: Mapping[str, Array], tile: Tile | None = None
+) -> Array:
+    def predict(joined: Array) -> Array:  # z_t and the map in its channels
+        z, spatial = joined[..., : z_t.shape[-1]], joined[..., z_t.shape[-1] :]
+        concat = {"concat": spatial} if "concat" in inputs else {}
+        return networks.unet.apply({"params": params["unet"]}, z, t, **{**inputs, **concat}).astype(jnp.float32)
+
+    joined = jnp.concatenate([z_t, inputs["concat"]], axis=-1) if "concat" in inputs else z_t
+    return predict(joined) if tile is None else tiles.tiled(predict, joined, *tile[:2])
+
+
+def _condition_map(params: Any, batch: Mapping[str, Array], program: Program) -> dict[str, Array]:
+    """`training.diffusion.condition_map`, in pieces where there are tiles and the first stage encodes."""
+    options, tile = program.conditioning, program.tile
+    if tile is None or options.concat != "inpainting":
+        return stage2.condition_map(program.models, params, params["first_stage"], batch, options)
+
+    def encode(joined: Array) -> Array:
+        pieces = {"image": joined[..., :-1], "mask": joined[..., -1:]}
+        return stage2.condition_map(program.models, params, params["first_stage"], pieces, options)["concat"]
+
+    joined = jnp.concatenate([batch["image"], batch["mask"]], axis=-1)
+    return {"concat": tiles.tiled(encode, joined, tile.side * tile.factor, tile.overlap * tile.factor)}
 
 
 def _decode(params: Any, z: Array, scale_factor: Array, *, models: models.Models) -> Array:
@@ -100,7 +138,9 @@ def _denoise(
     params: Any, z_t: Array, t: Array, conditions: Mapping[str, Array], *, models: models.Models, options: Conditioning
 ) -> Array:
     t = jnp.broadcast_to(t, z_t.shape[:1])
-    return _predict(models, params, z_t, t, stage2.condition(models, params, conditions, options))
+    inputs = stage2.condition(models, params, conditions, options) | stage2.condition_map(
+        models, params, params["first_stage"], conditions, options)
+    return _predict(models, params, z_t, t, inputs)
 
 
 _jit_decode = jax.jit(_decode, static_argnames="models")
@@ -125,7 +165,8 @@ class LatentDiffusion:
 
     config: of stage 2. params: ``{"unet", "conditioner"?, "first_stage"}``, on the host or replicated over the local
     devices. scale_factor: latents that the UNet sees = scale_factor x the first stage's. vocabulary: of a text model.
-    label_names: names of the classes, if they have any. step: how long the model was trained.
+    label_names, object_names, map_names: names of the classes of pictures, of objects in layouts and of semantic maps,
+    if they have any. step: how long the model was trained.
     """
 
     config: Any
@@ -135,6 +176,8 @@ class LatentDiffusion:
     scale_factor: float
     vocabulary: conditions_lib.Vocabulary | None = None
     label_names: tuple[str, ...] = ()
+    object_names: tuple[str, ...] = ()
+    map_names: tuple[str, ...] = ()
     step: int = 0
 
     @classmethod
@@ -161,13 +204,19 @@ class LatentDiffusion:
             params=parallel.replicate(params | {"first_stage": first_stage}),
             scale_factor=float(metadata["scale_factor"]),
             vocabulary=conditions_lib.load_vocabulary(path / "vocab.txt") if text else None,
-            label_names=request.read_label_names(path), step=step)
+            label_names=request.read_names(path), object_names=request.read_names(path, "objects"),
+            map_names=request.read_names(path, "map_classes"), step=step)
 
     def sample(
         self,
         prompts: str | Sequence[str] | None = None,
         labels: request.Labels | None = None,
         *,
+        layouts: Layouts = None,
+        segmentation: np.ndarray | None = None,
+        low_res: np.ndarray | None = None,
+        image: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
         num_samples: int | None = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
@@ -175,6 +224,8 @@ class LatentDiffusion:
         eta: float | None = None,
         seed: int = 0,
         size: tuple[int, int] | None = None,
+        tile: int | None = None,
+        overlap: int | None = None,
         batch_size: int | None = None,
     ) -> Samples:
         """Draws pictures. The same seed gives the same pictures for any `batch_size` and number of devices.
@@ -185,6 +236,9 @@ class LatentDiffusion:
         Args:
           prompts: texts, of a text model.
           labels: class numbers or names, of a class-conditional model; paired with the prompts if both are given.
+          layouts: objects with boxes, of a layout model.
+          segmentation, low_res, image, mask: what a model for semantic maps, super-resolution or inpainting must have,
+            see `request.resolve_maps`. Known pixels of an inpainted picture are returned exactly.
           num_samples: how many pictures; the conditions are repeated in turn. One for each condition by default.
           steps: of the sampler, 1 .. T.
           guidance_scale: of classifier-free guidance: 1 = none, above 1 = closer to the condition. If it comes from the
@@ -192,15 +246,18 @@ class LatentDiffusion:
           sampler: "ddim" or "ddpm".
           eta: noise of ddim, from 0 (none) to 1 (as much as ddpm); ddpm does not use it.
           seed: 0 .. 2^32 - 1. Picture k depends on the seed and k only.
-          size: height and width in pixels; that of the training images by default.
+          size: height and width in pixels; that of the map, or else of the training images by default.
+          tile, overlap: for pictures that do not fit into memory: the UNet, the encoder and the decoder work on patches
+            of `tile` pixels that overlap by `overlap` (a quarter), and the patches are blended.
           batch_size: pictures at once over all local devices (rounded up to a multiple of them).
 
         Raises:
-          UserError: see `request.resolve_settings` and `request.resolve_conditions`; also, latents that are not finite.
+          UserError: see the functions of `request`; also, latents that are not finite.
         """
         batches = list(self.sample_batches(
-            prompts, labels, num_samples=num_samples, batch_size=batch_size, steps=steps, guidance_scale=guidance_scale,
-            sampler=sampler, eta=eta, seed=seed, size=size))
+            prompts, labels, layouts=layouts, segmentation=segmentation, low_res=low_res, image=image, mask=mask,
+            num_samples=num_samples, batch_size=batch_size, steps=steps, guidance_scale=guidance_scale, sampler=sampler,
+            eta=eta, seed=seed, size=size, tile=tile, overlap=overlap))
         return Samples(np.concatenate([b.images for b in batches]), np.concatenate([b.latents for b in batches]))
 
     def sample_batches(
@@ -208,30 +265,41 @@ class LatentDiffusion:
         prompts: str | Sequence[str] | None = None,
         labels: request.Labels | None = None,
         *,
+        layouts: Layouts = None,
+        segmentation: np.ndarray | None = None,
+        low_res: np.ndarray | None = None,
+        image: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
         num_samples: int | None = None,
         batch_size: int | None = None,
+        size: tuple[int, int] | None = None,
         **settings: Any,
     ) -> Iterator[Samples]:
         """`sample`, one batch after the other as they are ready; same arguments. Mistakes are found at the call."""
-        asked = request.resolve_settings(self.config, **settings)
+        maps = request.resolve_maps(self.config, segmentation=segmentation, low_res=low_res, image=image, mask=mask)
+        asked = request.resolve_settings(self.config, size=request.size_of_maps(self.config, maps, size), **settings)
         prompts, labels = request.resolve_conditions(self.config, prompts, labels, self.label_names)
-        number = len(prompts or labels or (None,)) if num_samples is None else num_samples
+        layouts = request.resolve_layouts(self.config, layouts)
+        given = [x for x in (prompts, labels, layouts, *maps.values()) if x is not None]
+        number = max(map(len, given), default=1) if num_samples is None else num_samples
         if number < 1:
             raise UserError(f"num_samples={number} must be 1 or more")
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be 1 or more")
-        conditions = self.conditions(prompts, labels, number)
-        if prompts is None and labels is None:  # nothing to be guided to
+        conditions = self.conditions(prompts, labels, number, layouts)
+        conditions |= {name: rows[np.arange(number) % len(rows)] for name, rows in maps.items()}
+        if prompts is None and labels is None and layouts is None:  # nothing to be guided to
             asked = dataclasses.replace(asked, guided=False)
         devices = jax.local_device_count()
         size = min(number, BATCH_SIZE) if batch_size is None else batch_size
         return self._draw_batches(asked, conditions, number, math.ceil(size / devices) * devices)
 
     def conditions(
-        self, prompts: Sequence[str] | None, labels: Sequence[int] | None, number: int
+        self, prompts: Sequence[str] | None, labels: Sequence[int] | None, number: int,
+        layouts: Sequence[layouts_lib.Objects] | None = None,
     ) -> dict[str, Int[np.ndarray, "n ..."]]:
-        """Arrays for `number` pictures, ``tokens`` (n, l) and/or ``label`` (n,): given ones repeated in turn, null ones
-        where None."""
+        """Arrays for `number` pictures, ``tokens`` (n, l), ``layout`` (n, l) and/or ``label`` (n,), as the model takes
+        them: given ones repeated in turn, null ones where None."""
         options, arrays = self.config.conditioning, {}
         if "tokens" in request.condition_fields(self.config):
             if self.vocabulary is None:
@@ -239,6 +307,10 @@ class LatentDiffusion:
             length = options.text.max_length
             arrays["tokens"] = self.vocabulary.null(length) if prompts is None else (
                 self.vocabulary.encode(prompts, length))
+        if "layout" in request.condition_fields(self.config):
+            arrays["layout"] = np.stack(
+                [layouts_lib.null_tokens(options.layout)] if layouts is None else
+                [layouts_lib.to_tokens(objects, options.layout) for objects in layouts])
         if "label" in request.condition_fields(self.config):
             arrays["label"] = np.asarray([options.num_classes] if labels is None else labels, np.int32)
         return {name: rows[np.arange(number) % len(rows)] for name, rows in arrays.items()}
@@ -261,19 +333,26 @@ class LatentDiffusion:
                 raise UserError(
                     f"the latents of picture {start + int(np.argmin(finite))} are not finite: the training diverged "
                     f"before step {self.step}, or guidance_scale={asked.guidance_scale:g} is far too large")
-            yield Samples(images.to_uint8(x), z_0)
+            pictures = images.to_uint8(x)
+            if "mask" in conditions:  # what is known stays as it is, to the last bit
+                mask, known = (conditions[name][start : start + len(x)] for name in ("mask", "image"))
+                pictures = np.where(mask > 0.5, pictures, images.to_uint8(known))
+            yield Samples(pictures, z_0)
 
     @property
     def _conditioning(self) -> Conditioning:
-        return Conditioning(self.config.conditioning.crossattn, bool(self.config.conditioning.label))
+        options = self.config.conditioning
+        return Conditioning(options.crossattn, bool(options.label), options.concat)
 
     def _program(self, asked: request.Settings) -> Program:
         first_stage = self.models.first_stage
-        height, width = (side // first_stage.factor for side in asked.size)
+        factor = first_stage.factor
+        height, width = (side // factor for side in asked.size)
         return Program(
             models=self.models, schedule=self.schedule, conditioning=self._conditioning,
             parameterization=self.config.diffusion.parameterization, sampler=asked.sampler, steps=asked.steps,
-            guided=asked.guided, latent_shape=(height, width, first_stage.latent_channels))
+            guided=asked.guided, latent_shape=(height, width, first_stage.latent_channels),
+            tile=Tile(asked.tile // factor, asked.overlap // factor, factor) if asked.tile else None)
 
     def encode(self, x: Float[AnyArray, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         """Images in [-1, 1] -> scaled latents: the posterior's mode (training draws from it), before quantization."""
@@ -289,8 +368,8 @@ class LatentDiffusion:
     ) -> Float[Array, "b h w c"]:
         """The network's prediction of what ``config.diffusion.parameterization`` says, without guidance.
 
-        t: one for all or one for each, 0 .. T-1. condition: arrays ``tokens`` and/or ``label`` as `conditions` makes
-        them; None = the null condition.
+        t: one for all or one for each, 0 .. T-1. condition: arrays as `conditions` and `request.resolve_maps` make;
+        None = the null condition, of a model without maps.
         """
         if condition is None:
             condition = self.conditions(None, None, len(z_t))

@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from latent_diffusion import conditions as conditions_lib
+from latent_diffusion import layouts
 from latent_diffusion.diffusion import samplers
 from latent_diffusion.errors import UserError, choose
 
@@ -27,6 +29,8 @@ class Settings:
     eta: float
     seed: int
     size: tuple[int, int]  # height, width in pixels
+    tile: int = 0  # side of the patches that big pictures are computed in, in pixels; 0 = as a whole
+    overlap: int = 0  # of neighboring patches
 
 
 def resolve_settings(
@@ -38,12 +42,14 @@ def resolve_settings(
     eta: float | None = None,
     seed: int = 0,
     size: tuple[int, int] | None = None,
+    tile: int | None = None,
+    overlap: int | None = None,
 ) -> Settings:
     """Fills in what is not given from ``config.sampling`` and checks it, before anything is compiled.
 
     Raises:
-      UserError: an unknown sampler, impossible numbers, a size that the networks do not divide (with the nearest one
-        that they do), or guidance by a model that was never trained without its condition.
+      UserError: an unknown sampler, impossible numbers, a size or tile that the networks do not divide (with the
+        nearest one that they do), or guidance by a model that was never trained without its condition.
     """
     options = config.sampling
     guided = guidance_scale is not None or options.guidance_scale != 1.0
@@ -65,32 +71,58 @@ def resolve_settings(
     if fields and scale != 1 and not all(_null_is_trained(config, name) for name in fields):
         raise UserError(f"guidance_scale={scale:g}, but this model was trained without conditioning dropout and "
                         "cannot be guided; use guidance_scale 1")
-    return Settings(sampler, int(steps), scale, guided and bool(fields), eta, int(seed), _check_size(config, size))
+    return Settings(sampler, int(steps), scale, guided and bool(fields), eta, int(seed), _check_size(config, size),
+                    *_check_tile(config, tile, overlap))
 
 
-def _check_size(config: Any, size: tuple[int, int] | None) -> tuple[int, int]:
-    size = size or (config.data.image_size,) * 2
+def _factors(config: Any) -> tuple[int, int]:
+    """How many times smaller the first stage and the UNet make pictures and latents."""
     first = config.first_stage.model
     factor = 1 if first.kind == "identity" else 2 ** (len(first.ch_mult) - 1)
-    down = 2 ** (len(config.model.channel_mult) - 1)
+    return factor, 2 ** (len(config.model.channel_mult) - 1)
+
+
+def _check_size(config: Any, size: tuple[int, int] | None, name: str = "size") -> tuple[int, int]:
+    size = size or (config.data.image_size,) * 2
+    factor, down = _factors(config)
     multiple = factor * down
     if any(side <= 0 or side % multiple for side in size):
         nearest = ",".join(str(max(1, round(side / multiple)) * multiple) for side in size)
-        raise UserError(f"size={','.join(map(str, size))}: height and width must be multiples of {multiple} "
+        raise UserError(f"{name}={','.join(map(str, size))}: height and width must be multiples of {multiple} "
                         f"({factor} of the first stage x {down} of the UNet); the nearest size is {nearest}")
     return int(size[0]), int(size[1])
 
 
+def _check_tile(config: Any, tile: int | None, overlap: int | None) -> tuple[int, int]:
+    if not tile:
+        if overlap:
+            raise UserError("overlap is that of tiles; give tile as well")
+        return 0, 0
+    _check_size(config, (tile, tile), "tile")
+    factor, _ = _factors(config)
+    overlap = tile // 4 // factor * factor if overlap is None else overlap
+    if overlap % factor or not 0 <= overlap < tile:
+        raise UserError(f"overlap={overlap} must be a multiple of {factor}, 0 or above and below tile={tile}")
+    return int(tile), int(overlap)
+
+
 def condition_fields(config: Any) -> tuple[str, ...]:
-    """Which conditions the model takes: "tokens" (text), "label" (a class), both or none."""
+    """Which conditions with a null value the model takes: "tokens" (text), "layout", "label" (a class)."""
     options = config.conditioning
-    label = options.label or options.crossattn == "class"
-    return (("tokens",) if options.crossattn == "text" else ()) + (("label",) if label else ())
+    sequence = conditions_lib.SEQUENCES.get(options.crossattn, "label")
+    return ((sequence,) if sequence != "label" else ()) + (
+        ("label",) if options.label or options.crossattn == "class" else ())
+
+
+def map_fields(config: Any) -> tuple[str, ...]:
+    """Which maps the model must have: ("segmentation",), ("low_res",), ("image", "mask") or none."""
+    return conditions_lib.MAPS[config.conditioning.concat]
 
 
 def _null_is_trained(config: Any, name: str) -> bool:
     options = config.conditioning
-    return options.dropout > 0 or {"tokens": options.text_dropout, "label": options.label_dropout}[name] > 0
+    own = {"tokens": options.text_dropout, "label": options.label_dropout}
+    return options.dropout > 0 or own.get(name, 0.0) > 0
 
 
 def resolve_conditions(
@@ -124,6 +156,10 @@ def resolve_conditions(
         if name in fields and given is None and not _null_is_trained(config, name):
             kind = "prompts" if name == "tokens" else "labels"
             raise UserError(f"this model cannot do without {kind}: it was trained without conditioning dropout")
+    for name, given, other, option in (("tokens", prompts, labels, "text"), ("label", labels, prompts, "label")):
+        if name in fields and given is None and other is not None and not config.conditioning[f"{option}_dropout"]:
+            logging.warning("this model was never trained with %s alone (conditioning.%s_dropout=0): give both",
+                            "labels" if name == "tokens" else "prompts", option)
     if prompts and labels:
         number = max(len(prompts), len(labels))
         if {len(prompts), len(labels)} - {1, number}:
@@ -136,6 +172,86 @@ def _label_numbers(label: str, names: Sequence[str]) -> list[int]:
     """One label, or several with commas between them; but there are names that have commas."""
     exact = [i for i, name in enumerate(names) if name.lower() == label.strip().lower()]
     return exact[:1] or conditions_lib.parse_labels(label, names).tolist()
+
+
+# --- layouts and maps ------------------------------------------------------------------------------------------------
+
+
+def resolve_layouts(
+    config: Any, given: Sequence[layouts.Objects] | layouts.Objects | None
+) -> list[layouts.Objects] | None:
+    """Checks layouts against the model. Raises UserError: a model without layouts, or one that cannot do without."""
+    takes = "layout" in condition_fields(config)
+    if given is not None and not takes:
+        raise UserError("this model takes no layouts; sample it without")
+    if given is None and takes and not _null_is_trained(config, "layout"):
+        raise UserError("this model cannot do without a layout: it was trained without conditioning dropout")
+    return [given] if isinstance(given, layouts.Objects) else None if given is None else list(given)
+
+
+def resolve_maps(config: Any, **given: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Checks pictures and maps against the model and turns them into the arrays of a batch.
+
+    Args:
+      given: ``segmentation`` int (H, W); ``low_res`` uint8 (h, w, c); ``image`` uint8 (H, W, c) with ``mask`` (H, W),
+        where 1, True or white is to be painted. All may have a leading axis (n, ...); None is as good as left out.
+
+    Returns:
+      segmentation int32 (n, H, W); low_res, image float32 (n, h, w, c) in [-1, 1]; mask float32 (n, H, W, 1).
+
+    Raises:
+      UserError: something that the model does not take, or needs and did not get; class numbers that it does not have;
+        a mask of another size than its picture; another number of channels than the model has.
+    """
+    wanted, given = map_fields(config), {name: x for name, x in given.items() if x is not None}
+    for name in (*wanted, *given):
+        if name not in wanted:
+            raise UserError(f"this model takes no {name}; sample it without"
+                            + (f", but with {' and '.join(wanted)}" if wanted else ""))
+        if name not in given:
+            raise UserError(f"this model needs {' and '.join(wanted)}; {name} is missing")
+    arrays = {}
+    for name, x in given.items():
+        x = np.asarray(x)
+        if name == "segmentation":
+            arrays[name] = _check_classes(x.reshape(-1, *x.shape[-2:]).astype(np.int32), config)
+        elif name == "mask":
+            x = x[..., 0] if x.shape[-1] == 1 else x
+            limit = 127 if x.dtype == np.uint8 and x.max(initial=0) > 1 else 0.5
+            arrays[name] = (x.reshape(-1, *x.shape[-2:], 1) > limit).astype(np.float32)
+        else:
+            if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[-1] != config.data.channels:
+                raise UserError(f"{name} must be a picture of 8 bits with {config.data.channels} channels")
+            arrays[name] = x.reshape(-1, *x.shape[-3:]).astype(np.float32) / 127.5 - 1
+    if "mask" in arrays and arrays["mask"].shape[1:3] != arrays["image"].shape[1:3]:
+        sizes = (f"{array.shape[1]}x{array.shape[2]}" for array in (arrays["mask"], arrays["image"]))
+        raise UserError("the mask has {} pixels, the picture {}; make them equal".format(*sizes))
+    return arrays
+
+
+def _check_classes(classes: np.ndarray, config: Any) -> np.ndarray:
+    number = config.conditioning.segmentation.num_classes
+    if unknown := sorted(set(np.unique(classes).tolist()) - set(range(number))):
+        raise UserError(f"the semantic map has the class numbers {', '.join(map(str, unknown[:5]))}"
+                        f"{' ...' if len(unknown) > 5 else ''}, but this model has 0 to {number - 1}")
+    return classes
+
+
+def size_of_maps(
+    config: Any, maps: Mapping[str, np.ndarray], size: tuple[int, int] | None = None
+) -> tuple[int, int] | None:
+    """Height and width of the pictures that the arrays of `resolve_maps` ask for; without any, `size`.
+
+    Raises UserError where `size` is something else.
+    """
+    for name, x in maps.items():
+        factor = config.conditioning.low_res.factor if name == "low_res" else 1
+        found = x.shape[1] * factor, x.shape[2] * factor
+        if size is not None and tuple(size) != found:
+            raise UserError(f"size={size[0]},{size[1]}, but {name} makes a picture of {found[0]},{found[1]}; leave "
+                            "size out")
+        return _check_size(config, found, f"size (from {name})" if factor == 1 else f"size ({factor} x {name})")
+    return size
 
 
 # --- reading a workdir -----------------------------------------------------------------------------------------------
@@ -170,7 +286,7 @@ def read_config(workdir: epath.PathLike) -> Any:
     return config
 
 
-def read_label_names(workdir: epath.PathLike) -> tuple[str, ...]:
-    """The class names of a workdir, () if it has none."""
-    path = absolute(workdir) / "labels.txt"
+def read_names(workdir: epath.PathLike, kind: str = "labels") -> tuple[str, ...]:
+    """The names of a workdir's classes, () if it has none. kind: "labels", "objects" or "map_classes"."""
+    path = absolute(workdir) / f"{kind}.txt"
     return conditions_lib.load_labels(path) if path.exists() else ()

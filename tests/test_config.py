@@ -51,7 +51,7 @@ def test_typed_arguments():
 
 
 @pytest.mark.parametrize("argument,words", [
-    ("f5", ["unknown variant 'f5'", "f4, f8, f16, f32, emoji, small, smoke"]),
+    ("f5", ["unknown variant 'f5'", "f4, f8, f16, f32, f2, f16_c8, f32_c16, f1, emoji, small, smoke"]),
     ("f4,f8", ["f4 and f8 are both variants"]),
     ("size=big", ["size='big' is not of type int"]),
     ("sise=3", ["unknown argument 'sise=3'", "size=..."]),
@@ -75,7 +75,7 @@ def test_validate_lists_all_mistakes_at_once():
         config_lib.validate(config, num_devices=2)
     for part in ("data.image_size=100 is not a multiple of the downsampling factor 8", "the nearest is 96",
                  "data.crop='middle' is not one of 'center', 'random'",
-                 "training.batch_size=13 does not divide over 2 devices", "use a multiple of 2",
+                 "training.batch_size=13 does not divide over 2 devices", "use a multiple of 4",
                  "training.loss.pixel='l3'", "optimizer.learning_rate=0.0 must be above 0", "data.name is empty"):
         assert part in str(error.value), part
 

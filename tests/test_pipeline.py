@@ -217,7 +217,7 @@ def test_prompts_and_labels_are_paired():
     ("text", None, [1], {}, "has no classes"),
     ("text", [" "], None, {}, "empty prompt"),
     ("text", [], None, {}, "empty prompt"),
-    ("class", None, ["fod"], {}, "unknown label 'fod'; choose from: 0 food, 1 flags"),
+    ("class", None, ["fod"], {}, "unknown label 'fod', perhaps 'food'\\?; choose from: 0 food, 1 flags"),
     ("class", None, [4], {}, "unknown label '4'"),
     ("class", None, [-1], {}, "unknown label '-1'"),
     ("class", None, [], {}, "no label given"),

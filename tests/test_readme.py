@@ -70,11 +70,16 @@ def test_train_commands_name_configs_that_exist(line, monkeypatch):
 
 def fill_sizes(config) -> None:
     """What `first_stage.complete_config` does, for the first stage that fits the UNet's depth."""
+    if config.first_stage.model.kind == "identity":
+        config.model.update(image_size=config.data.image_size, in_channels=3, out_channels=3)
+        return
     small = config.model.model_channels < 128
     config.first_stage.model.ch_mult = (1, 2, 4) if small else config.first_stage.model.ch_mult
-    for key in ("in_channels", "out_channels"):
+    if config.conditioning.concat == "low_res":
+        config.first_stage.model.ch_mult = (1, 2, 4)  # as deep as the factor
+    for key, more in (("in_channels", config_lib.map_channels(config)), ("out_channels", 0)):
         config.first_stage.model[key] = config.data.channels
-        config.model[key] = config.first_stage.model.embed_dim
+        config.model[key] = config.first_stage.model.embed_dim + more
     factor = 2 ** (len(config.first_stage.model.ch_mult) - 1)
     config.model.image_size = config.data.image_size // factor
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latent_diffusion import checkpoint, defaults, pipeline
+from latent_diffusion import checkpoint, defaults, images, pipeline
 from latent_diffusion import config as config_lib
 from tests import tiny_models
 
@@ -80,13 +80,17 @@ def test_unconditional_defaults(workdirs, tmp_path):
 def test_every_class_by_default(workdirs, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    for stale in ("000007.png", "samples.npz", "mine.txt"):
-        (out / stale).write_text("old")
+    for mine in ("mine.txt", "000008.png"):
+        (out / mine).write_text("old")
+    (out / "samples.npz").write_text("old")
+    images.save_png(out / "000007.png", np.zeros((4, 4, 3), np.uint8), {"Software": "latent_diffusion"})
+    images.save_png(out / "100000009.png", np.zeros((4, 4, 3), np.uint8))
     assert sample.main(["--workdir", str(workdirs / "class"), "--num_samples", "6", "--steps", "1", "--guidance_scale",
                         "1", "--output", str(out), "--overwrite"]) == 0
     np.testing.assert_array_equal(np.load(out / "samples.npz")["arr_1"], [0, 1, 2, 3, 0, 1])
     assert Image.open(out / "000005.png").text["label_name"] == "flags"
     assert not (out / "000007.png").exists(), "pictures of an earlier run lie among the new ones"
+    assert (out / "100000009.png").exists() and (out / "000008.png").exists(), "these are the user's"
     assert (out / "mine.txt").read_text() == "old"
 
 
@@ -105,7 +109,7 @@ MISTAKES = [
     ("class", ["--labels", ""], "unknown label ''"),
     ("text", ["--prompt", " "], "empty prompt"),
     ("text", ["--prompts_file", "nowhere.txt"], "--prompts_file nowhere.txt does not exist"),
-    ("text", ["--prompt", "a", "--prompt", "b", "--num_samples", "1"], "--num_samples 1 is less than the 2 prompts"),
+    ("text", ["--prompt", "a", "--prompt", "b", "--num_samples", "1"], "--num_samples 1 is less than the 2 conditions"),
     ("none", ["--num_samples", "0"], "--num_samples 0 must be 1 or more"),
     ("none", ["--batch_size", "0"], "--batch_size 0 must be 1 or more"),
     ("none", ["--columns", "0"], "--columns 0 must be 1 or more"),

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from latent_diffusion import checkpoint, conditions, defaults, models
 from latent_diffusion import config as config_lib
 from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.pipeline import LatentDiffusion
+from latent_diffusion.training import diffusion as stage2
 
 CAPTIONS = ["red apple", "green apple", "flag of japan", "grinning face", "red heart"]
 LABELS = ("food", "flags", "faces", "hearts, all colors")
@@ -15,9 +17,12 @@ SCALE_FACTOR = 0.7
 
 
 def config(kind: str, **conditioning):
-    """`kind`: "none", "class", "text" or "both" (text by cross-attention, class added to the time embedding)."""
+    """`kind`: "none", "class", "text", "both" (text by cross-attention, class added to the time embedding), "layout",
+    "segmentation", "low_res", "inpainting" or "hybrid" (text and a semantic map)."""
     c = defaults.diffusion()
-    text = kind in ("text", "both")
+    sequence = {"both": "text", "hybrid": "text", "text": "text", "layout": "layout"}.get(kind, "none")
+    concat = {"hybrid": "segmentation"}.get(kind, kind if kind in conditions.MAPS else "none")
+    text = sequence != "none"
     with c.unlocked():
         c.data.update(source="memory", image_size=16)
         c.first_stage.model.update(
@@ -26,25 +31,24 @@ def config(kind: str, **conditioning):
             image_size=8, model_channels=32, channel_mult=(1, 1), num_res_blocks=1, attention_resolutions=(),
             norm_groups=8, num_heads=2, use_spatial_transformer=text, context_dim=16 if text else 0)
         c.conditioning.update(
-            crossattn="text" if text else "none", label=kind in ("class", "both"), num_classes=len(LABELS), width=16)
+            crossattn=sequence, concat=concat, label=kind in ("class", "both"), num_classes=len(LABELS), width=16)
+        c.conditioning.layout.update(
+            num_classes=4, vocab_size=64, max_objects=2, max_length=8, flags=False, layers=1, heads=2, head_dim=8)
+        c.conditioning.segmentation.num_classes = 5
+        c.conditioning.low_res.factor = 2
+        c.model.in_channels = 4 + config_lib.map_channels(c)
         c.conditioning.text.update(vocab_size=60, max_length=8, layers=1, heads=2, head_dim=8)
         c.conditioning.update(conditioning)
         c.diffusion.timesteps = 20
-        c.sampling.update(steps=3, guidance_scale=2.0 if kind != "none" else 1.0)
+        c.sampling.update(steps=3, guidance_scale=2.0 if text or kind == "class" else 1.0)
     return c
 
 
 def random_params(networks: models.Models, c, seed: int = 0) -> dict:
     """Every leaf random, those of zero-initialized layers too, so that the output depends on all inputs."""
-    key, z, t = jax.random.key(0), jnp.zeros((1, 8, 8, 4)), jnp.zeros((1,), jnp.int32)
-    inputs, shapes = {}, {}
-    if networks.conditioner is not None:
-        tokens = jnp.zeros((1, c.conditioning.text.max_length), jnp.int32)
-        shapes["conditioner"] = jax.eval_shape(networks.conditioner.init, key, tokens)["params"]
-        inputs["context"] = jnp.zeros((1, 8, 16))
-    if c.conditioning.label:
-        inputs["label"] = jnp.zeros((1,), jnp.int32)
-    shapes["unet"] = jax.eval_shape(networks.unet.init, key, z, t, **inputs)["params"]
+    key = jax.random.key(0)
+    shapes = dict(jax.eval_shape(lambda: stage2.create_state(
+        key, models=networks, tx=optax.identity(), config=c)).params)
     shapes["first_stage"] = jax.eval_shape(networks.first_stage.init, key, jnp.zeros((1, 16, 16, 3)))["params"]
     rng = np.random.default_rng(seed)
 
@@ -64,7 +68,7 @@ def model(kind: str, seed: int = 0, **conditioning) -> LatentDiffusion:
         config=c, models=networks, schedule=schedule_lib.from_config(c.diffusion),
         params=random_params(networks, c, seed), scale_factor=SCALE_FACTOR,
         vocabulary=conditions.train_vocabulary(CAPTIONS, 60) if c.conditioning.crossattn == "text" else None,
-        label_names=LABELS if c.conditioning.label else (), step=7)
+        label_names=LABELS if c.conditioning.label else (), object_names=LABELS if kind == "layout" else (), step=7)
 
 
 def save(ldm: LatentDiffusion, workdir, *, ema: dict | None = None) -> None:
@@ -75,6 +79,8 @@ def save(ldm: LatentDiffusion, workdir, *, ema: dict | None = None) -> None:
         ldm.vocabulary.save(workdir / "vocab.txt")
     if ldm.label_names:
         conditions.save_labels(workdir / "labels.txt", ldm.label_names)
+    if ldm.object_names:
+        conditions.save_labels(workdir / "objects.txt", ldm.object_names)
     checkpoint.save_frozen(workdir, {"autoencoder": ldm.params["first_stage"]}, {})
     manager = checkpoint.open_manager(workdir)
     checkpoint.save(manager, ldm.step, {"params": params, "ema": ema or {}}, {"scale_factor": ldm.scale_factor})

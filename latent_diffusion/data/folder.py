@@ -7,13 +7,15 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 from absl import logging
 from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
+from latent_diffusion import layouts
 from latent_diffusion.data import transforms
-from latent_diffusion.errors import UserError
+from latent_diffusion.errors import UserError, read_text
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 HELD_OUT_FOLDERS = ("validation", "val", "test")
@@ -23,13 +25,20 @@ CAPTIONS = "captions.jsonl"
 class FolderExamples:
     """Image files with random access.
 
-    label_names is empty without labels, captions None without captions. corrupt: the names of files left out.
+    label_names is empty without labels, captions None without captions, map_names and object_names are empty without
+    semantic maps and objects. corrupt: the names of files left out.
     """
 
-    def __init__(self, root: epath.Path, names: list[str], *, labels, label_names, captions, on_corrupt: str, corrupt):
+    def __init__(
+        self, root: epath.Path, names: list[str], *, labels, label_names, captions, maps, map_names, objects,
+        object_names, on_corrupt: str, corrupt
+    ):
         self._root, self.names, self._labels, self._on_corrupt = root, names, labels, on_corrupt
+        self._maps, self._objects = maps, objects
         self.label_names: tuple[str, ...] = label_names
         self.captions: list[str] | None = captions
+        self.map_names: tuple[str, ...] = map_names
+        self.object_names: tuple[str, ...] = object_names
         self.corrupt: list[str] = corrupt
 
     def __len__(self) -> int:
@@ -52,6 +61,12 @@ class FolderExamples:
             example["label"] = self._labels[i]
         if self.captions is not None:
             example["caption"] = self.captions[i]
+        if self.map_names:
+            example["segmentation"] = _read_map(self._maps[i])
+            if example["segmentation"].shape != image.shape[:2]:
+                raise UserError(f"the map {self._maps[i]} has another size than {self._root / self.names[i]}")
+        if self.object_names:
+            example["objects"] = self._objects[i]
         return example
 
 
@@ -61,6 +76,7 @@ def open_folder(path: epath.Path | None, split: str, *, holdout: float, on_corru
     The parts are the sub-folders train/ and validation/ (or val/, test/) where both exist; else a file is held out when
     the hash of its relative path says so (a share of `holdout`; at least one file), so adding files moves none.
     Labels: "label" (a name or a number) in captions.jsonl, else the first sub-folder, where there are two or more.
+    Semantic maps and objects: "map" (a file beside captions.jsonl) and "objects" (as in `layouts.read`) there.
     Every file is checked (header and end; PNG checksums) before this returns.
 
     Raises UserError: no folder, no images, a bad line in captions.jsonl, an image without a line there, nothing held
@@ -74,26 +90,41 @@ def open_folder(path: epath.Path | None, split: str, *, holdout: float, on_corru
         raise UserError(f"data.on_corrupt={on_corrupt!r}: choose from error, skip")
     if not 0.0 <= holdout < 1.0:
         raise UserError(f"data.holdout={holdout}: must be in [0, 1)")
-    root, names, all_names = _choose(path, split, holdout)
-    table = {**_read_captions(path, root), **(_read_captions(root, root) if root != path else {})}
+    roots = _roots(path)
+    tables = {root: {**_read_captions(path, root), **(_read_captions(root, root) if root != path else {})}
+              for root in roots.values()}
+    every = [row for table in tables.values() for row in table.values()]  # classes are counted over both parts
+    root, names, all_names = _choose(path, roots, split, holdout, {row["map"] for row in every})
+    table = tables[root]
     names, corrupt = _check(root, names, on_corrupt)
     captions = _captions(root, names, table)
-    labels, label_names = _labels(names, all_names, table)
+    labels, label_names = _labels(names, all_names, table, every)
+    maps, map_names = _maps(names, table, every)
+    objects, object_names = _objects(names, table, every)
     return FolderExamples(
-        root, names, labels=labels, label_names=label_names, captions=captions, on_corrupt=on_corrupt, corrupt=corrupt
-    )
+        root, names, labels=labels, label_names=label_names, captions=captions, maps=maps, map_names=map_names,
+        objects=objects, object_names=object_names, on_corrupt=on_corrupt, corrupt=corrupt)
 
 
-def _choose(path: epath.Path, split: str, holdout: float) -> tuple[epath.Path, list[str], list[str]]:
-    """Returns the folder that names are relative to, the names of the split, and those of both splits."""
+def _roots(path: epath.Path) -> dict[str, epath.Path]:
+    """split -> the folder of its images: one folder for both, unless there are train/ and validation/."""
     evaluation = next((path / name for name in HELD_OUT_FOLDERS if (path / name).is_dir()), None)
-    if (path / "train").is_dir() and evaluation is not None:
-        root = path / "train" if split == "train" else evaluation
-        names = sorted(_images(root))
+    parts = (path / "train").is_dir() and evaluation is not None
+    return {"train": path / "train", "eval": evaluation} if parts else {"train": path, "eval": path}
+
+
+def _choose(
+    path: epath.Path, roots: dict[str, epath.Path], split: str, holdout: float, maps: set[epath.Path | None]
+) -> tuple[epath.Path, list[str], list[str]]:
+    """Returns the folder that names are relative to, the names of the split, and those of both splits."""
+    found = {root: sorted(name for name in _images(root) if root / name not in maps) for root in roots.values()}
+    root = roots[split]
+    if root != path:
+        names = found[root]
         if not names:
             raise UserError(f"no images in {root} (looked for {', '.join(SUFFIXES)}, in sub-folders too)")
-        return root, names, sorted({*_images(path / "train"), *_images(evaluation)})
-    names = sorted(_images(path))
+        return root, names, sorted(set().union(*found.values()))
+    names = found[path]
     if not names:
         raise UserError(f"no images in {path} (looked for {', '.join(SUFFIXES)}, in sub-folders too)")
     hashes = {name: zlib.crc32(name.encode()) / 2**32 for name in names}
@@ -167,7 +198,7 @@ def _read_captions(folder: epath.Path, root: epath.Path) -> dict[str, dict]:
         return {}
     prefix = "" if folder == root else f"{root.name}/"
     table = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -179,8 +210,47 @@ def _read_captions(folder: epath.Path, root: epath.Path) -> dict[str, dict]:
         if not isinstance(file, str) or not isinstance(caption, str) or isinstance(label, bool | float | list | dict):
             raise UserError(f"{path}, line {number}: file and caption must be strings, label a string or an integer")
         if file.startswith(prefix):
-            table[file.removeprefix(prefix)] = {"caption": caption, "label": label}
+            place = folder / row["map"] if isinstance(row.get("map"), str) else None
+            table[file.removeprefix(prefix)] = {"caption": caption, "label": label, "map": place,
+                                                "objects": row.get("objects"), "where": f"{path}, line {number}"}
     return table
+
+
+def _maps(names: Sequence[str], table: dict[str, dict], every) -> tuple[list[epath.Path], tuple[str, ...]]:
+    """The map of each image, and the numbers of the classes that occur in all maps of both splits."""
+    places = {name: row["map"] for name, row in table.items() if row["map"] is not None}
+    if not places:
+        return [], ()
+    missing = [name for name in names if name not in places]
+    if missing:
+        raise UserError(f"{CAPTIONS}: {len(missing)} of {len(names)} images lack a map; the first is {missing[0]}")
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        largest = max(pool.map(lambda place: int(_read_map(place).max()), {row["map"] for row in every} - {None}))
+    return [places[name] for name in names], tuple(map(str, range(largest + 1)))
+
+
+def _read_map(path: epath.Path) -> np.ndarray:
+    try:
+        return transforms.decode_map(path.read_bytes())
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # Pillow raises many types
+        raise UserError(f"the map {path} cannot be read: {error}") from error
+
+
+def _objects(names: Sequence[str], table: dict[str, dict], every) -> tuple[list[layouts.Objects], tuple[str, ...]]:
+    """The objects of each image, and the names of their classes in both splits."""
+    rows = {name: row for name, row in table.items() if row["objects"] is not None}
+    if not rows:
+        return [], ()
+    missing = [name for name in names if name not in rows]
+    if missing:
+        raise UserError(f"{CAPTIONS}: {len(missing)} of {len(names)} images lack objects; the first is {missing[0]}")
+    object_names = tuple(sorted({
+        str(thing["label"]) for row in every if isinstance(row["objects"], list)
+        for thing in row["objects"] if isinstance(thing, dict) and "label" in thing}))
+    parsed = {name: layouts.from_rows(row["objects"], object_names, row["where"]) for name, row in rows.items()}
+    return [parsed[name] for name in names], object_names
 
 
 def _captions(root: epath.Path, names: Sequence[str], table: dict[str, dict]) -> list[str] | None:
@@ -194,14 +264,14 @@ def _captions(root: epath.Path, names: Sequence[str], table: dict[str, dict]) ->
     return [table[name]["caption"] for name in names]
 
 
-def _labels(names: list[str], all_names: list[str], table: dict[str, dict]) -> tuple[list[int], tuple[str, ...]]:
+def _labels(names: list[str], all_names: list[str], table: dict[str, dict], every) -> tuple[list[int], tuple[str, ...]]:
     """Class numbers of `names`, and the names of the classes of both splits."""
     given = {name: row["label"] for name, row in table.items() if row["label"] is not None}
     if given:
         missing = [name for name in names if name not in given]
         if missing:
             raise UserError(f"{CAPTIONS}: {len(missing)} of {len(names)} images lack a label, first {missing[0]}")
-        values = set(given.values())
+        values = {row["label"] for row in every} - {None}
         if all(isinstance(value, int) for value in values):
             if min(values) < 0:
                 raise UserError(f"{CAPTIONS}: label {min(values)} is negative")

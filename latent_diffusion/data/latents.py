@@ -15,6 +15,7 @@ from etils import epath
 from jaxtyping import Float
 from tqdm import tqdm
 
+from latent_diffusion.data.transforms import View
 from latent_diffusion.errors import UserError
 
 METADATA, PLAN = "metadata.json", "plan.json"
@@ -106,7 +107,7 @@ def _write_shards(path, batches, encode_fn, flips: bool, process_index: int, bat
 
 def _encode(batch: dict[str, np.ndarray], encode_fn, flips: bool) -> dict[str, Any]:
     """One batch: arrays (n, flips, h, w, c) of its real examples, without the padding."""
-    real = batch["mask"] == 1
+    real = batch["valid"] == 1
     means, stds = [], []
     for image in [batch["image"], batch["image"][:, :, ::-1]] if flips else [batch["image"]]:
         mean, std = encode_fn(image)
@@ -203,7 +204,8 @@ class CachedLatents:
         count = metadata["num_examples"]
         self._names: list[str] = []
         self._place = np.zeros((count, 2), np.int64)  # shard, row
-        labels, captions = np.zeros(count, np.int64), [""] * count
+        labels = np.zeros(count, np.int64)
+        self._captions: list[str | tuple[str, ...]] = [""] * count
         shard: dict[str, Any] = {"label": None, "caption": None}
         for number, file in enumerate(sorted(path.glob("shard-*.json"))):
             shard = json.loads(file.read_text())
@@ -212,9 +214,11 @@ class CachedLatents:
             if shard["label"] is not None:
                 labels[shard["index"]] = shard["label"]
             for index, caption in zip(shard["index"], shard["caption"] or (), strict=bool(shard["caption"])):
-                captions[index] = caption
+                self._captions[index] = caption if isinstance(caption, str) else tuple(caption)
         self._labels = labels if shard["label"] is not None else None
-        self.captions: list[str] | None = captions if shard["caption"] is not None else None
+        self.captions: list[str] | None = None  # the first of each image
+        if shard["caption"] is not None:
+            self.captions = [x if isinstance(x, str) else next(iter(x), "") for x in self._captions]
         self._open: dict[str, np.ndarray] = {}
 
     def __getstate__(self):  # worker processes map the files themselves
@@ -230,7 +234,7 @@ class CachedLatents:
         if self._labels is not None:
             example["label"] = int(self._labels[index])
         if self.captions is not None:
-            example["caption"] = self.captions[index]
+            example["caption"] = self._captions[index]
         return example
 
     def _array(self, name: str) -> np.ndarray:
@@ -247,12 +251,11 @@ class LatentTransform:
 
     flip: bool
 
-    def train(self, latents: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        mirrored = int(self.flip and rng.random() < 0.5)
-        return {key: value[mirrored] for key, value in latents.items()}
+    def draw(self, rng: np.random.Generator) -> View:
+        return View(flip=bool(self.flip and rng.random() < 0.5))
 
-    def evaluate(self, latents: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {key: value[0] for key, value in latents.items()}
+    def apply(self, latents: dict[str, np.ndarray], view: View) -> dict[str, np.ndarray]:
+        return {key: value[int(view.flip)] for key, value in latents.items()}
 
 
 def make_transform(data, source) -> LatentTransform | None:

@@ -7,10 +7,10 @@ import grain
 import numpy as np
 
 from latent_diffusion.conditions import Vocabulary
-from latent_diffusion.data import latents, sources, transforms
+from latent_diffusion.data import latents, sources, tasks, transforms
 from latent_diffusion.errors import UserError
 
-FIELDS = ("image", "label", "tokens", "caption")
+FIELDS = ("image", "label", "tokens", "caption", *tasks.FIELDS)
 
 
 def batches(
@@ -31,15 +31,15 @@ def batches(
     its augmentation and `index` depend on config.seed and its position alone, not on processes, threads or workers:
     process p of n gets positions p, p + n, p + 2n ... of each global batch.
     split "eval": one pass in the set's order, nothing random; the last batch is filled up by repeating from the start,
-    with 0 in `mask`.
+    with 0 in `valid`.
     split "train_once": one such pass over the training part (for the latents cache).
 
     Args:
-      config: needs data, seed, training.batch_size; conditioning.text.max_length for tokens.
+      config: needs data, seed, training.batch_size; conditioning for tokens and what `tasks` adds.
       start_step: the batch to begin with.
       vocabulary: needed for the field "tokens".
-      fields: of "image", "label", "tokens", "caption". Where the source is a latents cache, "image" stands for its
-        latents.
+      fields: of "image", "label", "tokens", "caption" and `tasks.FIELDS`. Where the source is a latents cache, "image"
+        stands for its latents.
       source: an opened source; opened from config.data if None.
       batch_size: global; config.training.batch_size if None.
 
@@ -48,9 +48,10 @@ def batches(
         image        float32 (B, H, W, C) in [-1, 1]; or latent_mean, latent_std  float32 (B, h, w, c)
         label        int32 (B,)
         tokens       int32 (B, max_length)
-        caption      str (B,)
+        caption      str (B,); for "train_once", where images have several captions, an object array of tuples
+        low_res, mask, segmentation, layout  see `tasks.collate`
         index        int32 (B,)  position in the global stream, counted over epochs (modulo 2^31)
-        mask         float32 (B,)  not for "train"
+        valid        float32 (B,)  not for "train"
       with get_state() and set_state().
 
     Raises UserError: a batch that processes do not divide, fewer images than a batch, a field that the set lacks.
@@ -72,7 +73,7 @@ def batches(
         )
     if not len(source.source):
         raise UserError(f"{source.where} is empty")
-    stream = _stream(config, source, split, batch_size, process_index, process_count)
+    stream = _stream(config, source, fields, split, batch_size, process_index, process_count)
     max_length = config.conditioning.text.max_length if "tokens" in fields else 0
     stream = stream.map(_Collate(tuple(fields), vocabulary if "tokens" in fields else None, max_length))
     return Batches(stream, start_step, threads=config.data.threads, workers=config.data.workers)
@@ -85,11 +86,19 @@ def _check_fields(source: sources.Source, fields: Sequence[str], vocabulary: Voc
         )
     if {"tokens", "caption"} & set(fields) and source.captions is None:
         raise UserError(f"{source.where} has no captions: set data.caption_key, or add captions.jsonl to the folder")
+    if "segmentation" in fields and not source.map_names:
+        raise UserError(f"{source.where} has no semantic maps: set data.map_key, or name a map for each image in "
+                        "captions.jsonl")
+    if "layout" in fields and not source.object_names:
+        raise UserError(f"{source.where} has no objects with boxes: set data.objects_key, or list those of each image "
+                        "in captions.jsonl")
     if "tokens" in fields and vocabulary is None:
         raise ValueError("tokens need a vocabulary")
 
 
-def _stream(config, source, split: str, batch_size: int, process_index: int, process_count: int) -> grain.MapDataset:
+def _stream(
+    config, source, fields: Sequence[str], split: str, batch_size: int, process_index: int, process_count: int
+) -> grain.MapDataset:
     """Batched examples, before they are collated."""
     examples = grain.MapDataset.source(source.source).seed(config.seed)
     count = len(source.source)
@@ -98,7 +107,9 @@ def _stream(config, source, split: str, batch_size: int, process_index: int, pro
     # Augmentation comes before the process takes its share, so that its random numbers belong to the global position.
     stream = examples.repeat(None).map_with_index(_Position(count if split != "train" else None))
     transform = latents.make_transform(config.data, source) or transforms.ImageTransform.from_config(config.data)
-    stream = stream.random_map(_Augment(transform)) if split == "train" else stream.map(_Evaluate(transform))
+    task = tasks.make_task(config, fields, transform)
+    stream = stream.random_map(_Augment(transform, task)) if split == "train" else stream.map(
+        _Evaluate(transform, task, config.seed, all_captions=split == "train_once"))
     stream = stream[process_index::process_count].batch(
         batch_size // process_count, drop_remainder=True, batch_fn=list
     )
@@ -149,29 +160,35 @@ class _Position:
     def __call__(self, index: int, example: dict[str, Any]) -> dict[str, Any]:
         example = {**example, "index": np.int32(index % 2**31)}
         if self._count is not None:
-            example["mask"] = np.float32(index < self._count)
+            example["valid"] = np.float32(index < self._count)
         return example
 
 
 class _Augment(grain.transforms.RandomMap):
-    def __init__(self, transform):
-        self._transform = transform
+    def __init__(self, transform, task: tasks.Task | None):
+        self._transform, self._task = transform, task
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         if isinstance(element.get("caption"), tuple):  # several captions: one at random
             captions = element["caption"] or ("",)
             element = {**element, "caption": captions[rng.integers(len(captions))]}
-        return {**element, "image": self._transform.train(element["image"], rng)}
+        return _transformed(element, self._transform, self._transform.draw(rng), self._task, rng)
 
 
 class _Evaluate(grain.transforms.Map):
-    def __init__(self, transform):
-        self._transform = transform
+    def __init__(self, transform, task: tasks.Task | None, seed: int, *, all_captions: bool):
+        self._transform, self._task, self._seed, self._all_captions = transform, task, seed, all_captions
 
     def map(self, element: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(element.get("caption"), tuple):
+        if isinstance(element.get("caption"), tuple) and not self._all_captions:
             element = {**element, "caption": (element["caption"] or ("",))[0]}
-        return {**element, "image": self._transform.evaluate(element["image"])}
+        rng = np.random.default_rng((tasks.EVALUATION, self._seed, int(element["index"])))
+        return _transformed(element, self._transform, transforms.CENTER, self._task, rng)
+
+
+def _transformed(element: dict[str, Any], transform, view: transforms.View, task, rng) -> dict[str, Any]:
+    image = transform.apply(element["image"], view)
+    return {**element, "image": image} | (task(element, image, view, rng) if task else {})
 
 
 class _Collate(grain.transforms.Map):
@@ -185,8 +202,8 @@ class _Collate(grain.transforms.Map):
             return [example[key] for example in element]
 
         batch = {"index": np.asarray(column("index"), np.int32)}
-        if "mask" in element[0]:
-            batch["mask"] = np.asarray(column("mask"), np.float32)
+        if "valid" in element[0]:
+            batch["valid"] = np.asarray(column("valid"), np.float32)
         if "image" in self._fields:
             images = column("image")
             if isinstance(images[0], dict):  # latents
@@ -198,5 +215,9 @@ class _Collate(grain.transforms.Map):
         if "tokens" in self._fields:
             batch["tokens"] = self._vocabulary.encode(column("caption"), self._max_length)
         if "caption" in self._fields:
-            batch["caption"] = np.asarray(column("caption"), dtype=str)
-        return batch
+            captions = column("caption")
+            batch["caption"] = np.empty(len(captions), object)
+            batch["caption"][:] = captions
+            if isinstance(captions[0], str):
+                batch["caption"] = batch["caption"].astype(str)
+        return batch | {key: tasks.collate(key, column(key)) for key in self._fields if key in tasks.FIELDS}

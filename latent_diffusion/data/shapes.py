@@ -3,7 +3,10 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
+from latent_diffusion.layouts import Objects
+
 SHAPES = ("circle", "square", "triangle", "cross")
+MAP_NAMES = ("background", *SHAPES)  # classes of the semantic map
 COLORS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 119, 180), "yellow": (240, 200, 30)}
 
 
@@ -29,13 +32,20 @@ class Shapes:
         if not 0 <= index < self._count:
             raise IndexError(index)
         number = self._start + index
-        image = _draw(SHAPES[self.label(index)], COLORS[self.color(index)], self._size, np.random.default_rng(number))
-        return {"image": image, "label": self.label(index), "caption": self.caption(index), "name": f"shape-{number}"}
+        label = self.label(index)
+        cover = _draw(SHAPES[label], self._size, np.random.default_rng(number))
+        weight = cover[..., None].astype(np.float32) / 255
+        image = np.rint(weight * COLORS[self.color(index)] + (1 - weight) * 255).astype(np.uint8)
+        rows, columns = np.nonzero(cover >= 128)
+        box = np.array([[columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]]) / self._size
+        return {"image": image, "label": label, "caption": self.caption(index), "name": f"shape-{number}",
+                "segmentation": np.where(cover >= 128, label + 1, 0), "objects": Objects(np.array([label]), box)}
 
 
-def _draw(shape: str, color, size: int, rng: np.random.Generator) -> np.ndarray:
-    scale = 4  # drawn larger and shrunk, for smooth edges
-    canvas = Image.new("RGB", (size * scale, size * scale), (255, 255, 255))
+def _draw(shape: str, size: int, rng: np.random.Generator) -> np.ndarray:
+    """How much of each pixel the shape covers, 0..255."""
+    scale, color = 4, 255  # drawn larger and shrunk, for smooth edges
+    canvas = Image.new("L", (size * scale, size * scale))
     draw = ImageDraw.Draw(canvas)
     r = rng.uniform(0.2, 0.35) * size * scale
     x, y = rng.uniform(0.4, 0.6, 2) * size * scale

@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from absl import logging
 from etils import epath
 
+from latent_diffusion import layouts
 from latent_diffusion.data import transforms
 from latent_diffusion.errors import UserError
 
 
 @runtime_checkable
 class Examples(Protocol):
-    """Random access to dicts: image uint8 (H, W, C), name str; label int and caption (str or tuple) where there are."""
+    """Random access to dicts: image uint8 (H, W, C), name str; where there are, label int, caption (str or tuple),
+    segmentation int (H, W) and objects (`layouts.Objects`)."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> dict[str, Any]: ...
@@ -32,13 +35,16 @@ class Source:
 
     source: the examples. label_names: one per class, empty where examples have no label.
     captions: one per example (lazy where reading all takes long), None where examples have none.
-    where: the set's name in messages.
+    where: the set's name in messages. map_names: one per class of the semantic maps, object_names: one per class of the
+    objects in pictures, empty where examples have none.
     """
 
     source: Examples
     label_names: tuple[str, ...] = ()
     captions: Sequence[str] | None = None
     where: str = ""
+    map_names: tuple[str, ...] = ()
+    object_names: tuple[str, ...] = ()
 
 
 def open_source(config, split: str) -> Source:
@@ -52,21 +58,22 @@ def open_source(config, split: str) -> Source:
     """
     if split not in ("train", "eval"):
         raise ValueError(f"split {split!r}: 'train' or 'eval'")
-    openers = {"emoji": _open_emoji, "tfds": _open_tfds, "folder": _open_folder, "memory": _open_memory}
+    openers = {"emoji": _open_emoji, "emoji_scenes": _open_scenes, "tfds": _open_tfds, "folder": _open_folder,
+               "memory": _open_memory}
     if config.data.source not in openers:
         raise UserError(f"data.source={config.data.source!r}: choose from {', '.join(openers)}")
     return openers[config.data.source](config.data, split)
 
 
 def prepare(config) -> None:
-    """Makes the built-in set on disk if it is not there yet (20 s, once). Nothing to do for other sources.
+    """Makes a built-in set on disk if it is not there yet (20 s, once). Nothing to do for other sources.
 
     Any number of processes may call this at once: on one machine one of them works and the others wait; on several with
     a shared disk each works in a directory of its own and the first to finish wins.
     """
-    if config.data.source != "emoji":
+    if config.data.source not in ("emoji", "emoji_scenes"):
         return
-    builder = _emoji_builder(config.data)
+    builder = _builder_of(config.data)
     if builder.data_path.exists():
         return
     key = hashlib.sha256(os.fspath(builder.data_path).encode()).hexdigest()[:16]
@@ -89,7 +96,7 @@ def _build(builder) -> None:
             builder.download_and_prepare(file_format="array_record")
     except OSError as error:
         if not builder.data_path.exists():  # else: another machine renamed its copy into place first
-            raise UserError(f"cannot make the emoji set in {builder.data_path} ({error}); set data.data_dir") from error
+            raise UserError(f"cannot make the set in {builder.data_path} ({error}); set data.data_dir") from error
     finally:
         tfds.enable_progress_bar()
 
@@ -97,12 +104,28 @@ def _build(builder) -> None:
 # --- built-in emoji ---------------------------------------------------------------------------------------------------
 
 
-def _emoji_builder(data):
-    from latent_diffusion.data.emoji import RESOLUTIONS, Emoji
+def _builder_of(data):
+    from latent_diffusion.data.emoji import RESOLUTIONS, Emoji, EmojiScenes
 
     resolution = next((size for size in RESOLUTIONS if size >= data.image_size), RESOLUTIONS[-1])
     _refuse_bucket(data.data_dir)
-    return Emoji(config=str(resolution), data_dir=data.data_dir or None)
+    made = {"emoji": Emoji, "emoji_scenes": EmojiScenes}[data.source]
+    return made(config=str(resolution), data_dir=data.data_dir or None)
+
+
+def _built(data):
+    """The builder of a built-in set, which is made if it is not there."""
+    builder = _builder_of(data)
+    if builder.data_path.exists():
+        return builder
+    prepare(_Section(data))
+    return _builder_of(data)  # the sizes of the splits are read anew
+
+
+def _open_scenes(data, split: str) -> Source:
+    examples, features, where = _read(_built(data), data, split)
+    captions = [examples.facts(i)["caption"].decode() for i in range(len(examples))]
+    return Source(examples, (), captions, where, **_names_of_things(features, data))
 
 
 def _open_emoji(data, split: str) -> Source:
@@ -112,11 +135,7 @@ def _open_emoji(data, split: str) -> Source:
     if unknown or not data.styles:
         raise UserError(f"data.styles={tuple(data.styles)}: choose from {', '.join(STYLES)}")
 
-    builder = _emoji_builder(data)
-    if not builder.data_path.exists():
-        prepare(_Section(data))
-        builder = _emoji_builder(data)  # the sizes of the splits are read anew
-    examples, features, where = _read(builder, data, split)
+    examples, features, where = _read(_built(data), data, split)
     styles, groups, subgroups = (features[key].names for key in ("style", "label", "sublabel"))
     unknown = sorted(set(data.groups) - {*groups, *subgroups})
     if unknown:
@@ -190,7 +209,7 @@ def _open_tfds(data, split: str) -> Source:
         raise UserError(f"data.name={data.name!r}: {' '.join(str(error).split())}") from error
     examples, features, where = _read(builder, data, split)
     captions = _Captions(examples) if examples.caption_path else None
-    return Source(examples, _label_names(features, data), captions, where)
+    return Source(examples, _label_names(features, data), captions, where, **_names_of_things(features, data))
 
 
 def _read(builder, data, split: str):
@@ -212,11 +231,32 @@ def _read(builder, data, split: str):
     caption_path = tuple(data.caption_key.split("/")) if data.caption_key.split("/")[0] in features else ()
     label_key = data.label_key if _label_names(features, data) else ""
     where = f"the {name!r} split of {builder.name} (features: {', '.join(features)})"
-    return _Records(records, data.image_key, label_key, caption_path), features, where
+    map_key = data.map_key if data.map_key in features else ""
+    objects_key = data.objects_key if _has_boxes(features, data.objects_key) else ""
+    examples = _Records(records, data.image_key, label_key, caption_path, map_key, objects_key, data.on_corrupt, where)
+    return examples, features, where
 
 
 def _label_names(features, data) -> tuple[str, ...]:
     return tuple(getattr(features[data.label_key], "names", None) or ()) if data.label_key in features else ()
+
+
+def _names_of_things(features, data) -> dict[str, tuple[str, ...]]:
+    """Names of the classes of semantic maps and of objects; numbers where the set does not name them."""
+    found = {}
+    if data.map_key in features:
+        feature = features[data.map_key]
+        classes = getattr(feature, "num_classes", None) or 256  # what fits into a byte
+        found["map_names"] = tuple(getattr(feature, "names", None) or map(str, range(classes)))
+    if _has_boxes(features, data.objects_key):
+        label = features[data.objects_key].feature["label"]
+        found["object_names"] = tuple(label.names or map(str, range(label.num_classes)))
+    return found
+
+
+def _has_boxes(features, key: str) -> bool:
+    """Many sets call something else "objects": labels of whole images, things without a class."""
+    return key in features and {"bbox", "label"} <= set(getattr(features[key], "feature", None) or ())
 
 
 def _is_picture(feature) -> bool:
@@ -266,8 +306,13 @@ def _refuse_bucket(data_dir: str) -> None:
 class _Records:
     """Examples of a TFDS data source. Images are decoded here: TFDS's own decoding knows no CMYK and no palettes."""
 
-    def __init__(self, records, image_key: str, label_key: str, caption_path: tuple[str, ...]):
+    def __init__(
+        self, records, image_key: str, label_key: str, caption_path: tuple[str, ...], map_key: str, objects_key: str,
+        on_corrupt: str, where: str
+    ):
         self._records, self._image_key, self._label_key = records, image_key, label_key
+        self._map_key, self._objects_key = map_key, objects_key
+        self._on_corrupt, self._where = on_corrupt, where
         self.caption_path = caption_path
 
     def __len__(self) -> int:
@@ -278,13 +323,46 @@ class _Records:
         return self._records[index]
 
     def __getitem__(self, index: int) -> dict:
+        for i in (*range(index, len(self)), *range(index)):
+            try:
+                return self._example(i)
+            except UserError:
+                raise
+            except Exception as error:  # Pillow's decoders raise many types
+                if self._on_corrupt != "skip":
+                    reason = str(error) or type(error).__name__
+                    raise UserError(f"corrupt image: record {i} of {self._where}: {reason}; set data.on_corrupt=skip "
+                                    "to leave it out") from error
+                logging.log_first_n(logging.WARNING, "skipping record %d of %s: %s", 20, i, self._where, error)
+        raise UserError(f"no readable image in {self._where}")
+
+    def _example(self, index: int) -> dict:
         record = self._records[index]
         example = {"image": _to_pixels(record[self._image_key], index), "name": str(index)}
         if self._label_key:
             example["label"] = int(record[self._label_key])
         if self.caption_path:
             example["caption"] = _captions_of(record, self.caption_path)
+        if self._map_key:
+            classes = record[self._map_key]
+            example["segmentation"] = classes[..., 0].astype(np.int32) if isinstance(classes, np.ndarray) and (
+                classes.ndim == 3) else transforms.decode_map(bytes(classes))
+        if self._objects_key:
+            example["objects"] = _objects_of(record[self._objects_key])
         return example
+
+
+def _objects_of(record: dict) -> layouts.Objects:
+    """Objects as COCO, OpenImages and Pascal VOC call them in TFDS: boxes are (top, left, bottom, right)."""
+    boxes = np.asarray(record["bbox"], np.float64).reshape(-1, 4)
+    flags = np.zeros((len(boxes), len(layouts.FLAGS)), bool)
+    for column, names in enumerate((("is_group_of", "is_crowd"), ("is_occluded",), ("is_depiction",), ("is_inside",))):
+        for name in names:
+            if name in record:
+                flags[:, column] |= np.asarray(record[name]) == 1  # OpenImages has -1 for "unknown"
+    top_left = boxes[:, [1, 0]]
+    return layouts.Objects(np.asarray(record["label"], np.int64).reshape(-1),
+                           np.concatenate([top_left, boxes[:, [3, 2]] - top_left], axis=1), flags)
 
 
 def _to_pixels(value, index: int) -> np.ndarray:
@@ -326,10 +404,10 @@ class _Captions(Sequence):
 def _open_folder(data, split: str) -> Source:
     from latent_diffusion.data import folder
 
-    examples = folder.open_folder(
-        epath.Path(data.path) if data.path else None, split, holdout=data.holdout, on_corrupt=data.on_corrupt
-    )
-    return Source(examples, examples.label_names, examples.captions, f"folder {data.path}")
+    path = epath.Path(data.path).expanduser() if data.path else None
+    examples = folder.open_folder(path, split, holdout=data.holdout, on_corrupt=data.on_corrupt)
+    return Source(examples, examples.label_names, examples.captions, f"folder {data.path}", examples.map_names,
+                  examples.object_names)
 
 
 def _open_memory(data, split: str) -> Source:
@@ -338,4 +416,5 @@ def _open_memory(data, split: str) -> Source:
     held_out = max(1, data.num_examples // 4)
     start, count = (0, data.num_examples) if split == "train" else (data.num_examples, held_out)
     examples = shapes.Shapes(start, count, data.image_size)
-    return Source(examples, shapes.SHAPES, [examples.caption(i) for i in range(count)], "the set of drawn shapes")
+    captions = [examples.caption(i) for i in range(count)]
+    return Source(examples, shapes.SHAPES, captions, "the set of drawn shapes", shapes.MAP_NAMES, shapes.SHAPES)

@@ -1,16 +1,46 @@
 """Pictures of any kind -> uint8 squares of one size, and those -> float32 in [-1, 1]. NumPy and Pillow only."""
 
 import io
+import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageOps
 
 from latent_diffusion.errors import UserError
 
 CROPS = ("center", "random")
 BACKGROUNDS = ("white", "random")
+
+
+@dataclass(frozen=True)
+class View:
+    """How one picture is seen: the square that is cut out, the mirror, and what lies behind transparent parts.
+
+    side: of the square, relative to the shorter side. left, top: in [0, 1], how the rest is divided; 0.5 is the center.
+    """
+
+    side: float = 1.0
+    left: float = 0.5
+    top: float = 0.5
+    flip: bool = False
+    background: tuple[int, int, int] = (255, 255, 255)
+
+    def square(self, height: int, width: int) -> tuple[int, int, int]:
+        """The square in a picture of this size: (x, y, side) in pixels."""
+        length = max(1, round(self.side * min(height, width)))
+        x, y = (max(0, math.ceil(part * (rest + 1)) - 1) for part, rest in (
+            (self.left, width - length), (self.top, height - length)))  # all places alike; rest // 2 for the center
+        return x, y, length
+
+    def crop(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """The square relative to the picture: (x, y, width, height) in [0, 1]."""
+        x, y, length = self.square(height, width)
+        return x / width, y / height, length / width, length / height
+
+
+CENTER = View()
 
 
 @dataclass(frozen=True)
@@ -44,20 +74,25 @@ class ImageTransform:
             data.image_size, data.channels, data.crop, float(data.min_crop_scale), bool(data.flip), data.background
         )
 
-    def train(self, image: UInt8[np.ndarray, "h w c"], rng: np.random.Generator) -> UInt8[np.ndarray, "s s d"]:
+    def draw(self, rng: np.random.Generator) -> View:
         """Random background, crop and flip, as configured. The draws do not depend on the picture."""
-        color = rng.integers(0, 256, 3) if self.background == "random" else (255, 255, 255)
+        color = tuple(map(int, rng.integers(0, 256, 3))) if self.background == "random" else (255, 255, 255)
         side, left, top = (1.0, 0.5, 0.5)
         if self.crop == "random":
             side, left, top = rng.uniform(self.min_crop_scale, 1.0), rng.random(), rng.random()
-        image = resize(flatten(image, color), self.image_size, side=side, left=left, top=top)
-        if self.flip and rng.random() < 0.5:
-            image = image[:, ::-1]
-        return set_channels(image, self.channels)
+        return View(side, left, top, bool(self.flip and rng.random() < 0.5), color)
 
-    def evaluate(self, image: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "s s d"]:
-        """The center square on white; nothing random."""
-        return set_channels(resize(flatten(image), self.image_size), self.channels)
+    def apply(self, image: UInt8[np.ndarray, "h w c"], view: View) -> UInt8[np.ndarray, "s s d"]:
+        """The picture as seen by `view`; by ``View()``, which is for evaluation, the center square on white."""
+        image = resize(flatten(image, view.background), self.image_size, view)
+        return set_channels(image[:, ::-1] if view.flip else image, self.channels)
+
+    def apply_to_map(self, classes: Int[np.ndarray, "h w"], view: View) -> Int[np.ndarray, "s s"]:
+        """The same square of a map of class numbers, each pixel the nearest (with half-pixel centers)."""
+        x, y, length = view.square(*classes.shape)
+        steps = ((np.arange(self.image_size) + 0.5) * (length / self.image_size)).astype(int)
+        classes = classes[y + steps][:, x + steps]
+        return classes[:, ::-1] if view.flip else classes
 
 
 def decode(content: bytes) -> UInt8[np.ndarray, "h w c"]:
@@ -78,6 +113,18 @@ def decode(content: bytes) -> UInt8[np.ndarray, "h w c"]:
         return np.array(image.convert("RGBA" if alpha else "RGB"))
 
 
+def decode_map(content: bytes) -> Int[np.ndarray, "h w"]:
+    """Decodes a semantic map to int32 class numbers: a grey or palette image, whose values or palette indices they are.
+
+    Raises UserError for a color image, and what Pillow raises where the file is no image or is damaged.
+    """
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
+            raise UserError(f"a semantic map must be a grey or palette image of class numbers, this is {image.mode}")
+        return np.array(image).astype(np.int32)
+
+
 def flatten(image: UInt8[np.ndarray, "h w c"], color=(255, 255, 255)) -> UInt8[np.ndarray, "h w d"]:
     """Lays a picture with alpha (4 channels) over a plain RGB color; returns others unchanged."""
     if image.shape[-1] != 4:
@@ -87,21 +134,19 @@ def flatten(image: UInt8[np.ndarray, "h w c"], color=(255, 255, 255)) -> UInt8[n
 
 
 def resize(
-    image: UInt8[np.ndarray, "h w c"], size: int, *, side: float = 1.0, left: float = 0.5, top: float = 0.5
+    image: UInt8[np.ndarray, "h w c"], size: int, view: View = CENTER
 ) -> UInt8[np.ndarray, "size size c"]:
-    """Cuts a square and resizes it to `size` (Pillow bicubic, which widens its filter when it shrinks).
+    """Cuts the square of `view`, then resizes it to `size` (Pillow bicubic, which widens its filter when it shrinks).
 
-    side: of the square, relative to the shorter side. left, top: in [0, 1], how the rest is divided; 0.5 is the center.
     A picture that has the size already is returned as it is.
     """
     height, width, channels = image.shape
-    length = max(1, round(side * min(height, width)))
-    x, y = round(left * (width - length)), round(top * (height - length))
+    x, y, length = view.square(height, width)
+    square = image[y : y + length, x : x + length]
     if length == size:
-        return image[y : y + size, x : x + size]
-    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
-    picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + length, y + length))
-    return np.asarray(picture).reshape(size, size, channels)
+        return square
+    picture = Image.fromarray(square[..., 0] if channels == 1 else square)
+    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)).reshape(size, size, channels)
 
 
 def set_channels(image: UInt8[np.ndarray, "h w c"], channels: int) -> UInt8[np.ndarray, "h w channels"]:

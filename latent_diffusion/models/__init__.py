@@ -8,7 +8,12 @@ import flax.linen as nn
 
 from latent_diffusion.errors import UserError, choose
 from latent_diffusion.models.autoencoder import AutoencoderIdentity, AutoencoderKL, AutoencoderVQ
-from latent_diffusion.models.conditioning import ClassEmbedder, TextTransformer
+from latent_diffusion.models.conditioning import (
+    ClassEmbedder,
+    HybridConditioner,
+    SpatialRescaler,
+    TextTransformer,
+)
 from latent_diffusion.models.unet import UNet
 
 
@@ -51,17 +56,40 @@ def _class_embedder(config: Any) -> nn.Module:
     return ClassEmbedder(config.conditioning.num_classes + 1, config.conditioning.width)
 
 
-def _text_transformer(config: Any) -> nn.Module:
-    text, model = config.conditioning.text, config.model
-    fields = {key: text[key] for key in ("vocab_size", "max_length", "layers", "heads", "head_dim")}
-    return TextTransformer(width=config.conditioning.width, dtype=model.dtype, remat=model.remat, **fields)
+def _transformer(config: Any, options: Any) -> nn.Module:
+    fields = {key: options[key] for key in ("vocab_size", "max_length", "layers", "heads", "head_dim")}
+    return TextTransformer(
+        width=config.conditioning.width, dtype=config.model.dtype, remat=config.model.remat, **fields)
+
+
+def _spatial_rescaler(config: Any) -> nn.Module:
+    options, levels = config.conditioning.segmentation, len(config.first_stage.model.ch_mult)
+    stages = 0 if config.first_stage.model.kind == "identity" else levels - 1
+    return SpatialRescaler(options.num_classes, stages, options.channels)
 
 
 CONDITIONERS: dict[str, Callable[[Any], nn.Module | None]] = {
     "none": lambda config: None,
     "class": _class_embedder,
-    "text": _text_transformer,
+    "text": lambda config: _transformer(config, config.conditioning.text),
+    "layout": lambda config: _transformer(config, config.conditioning.layout),
 }
+MAP_CONDITIONERS: dict[str, Callable[[Any], nn.Module | None]] = {
+    "none": lambda config: None,
+    "segmentation": _spatial_rescaler,
+    "low_res": lambda config: None,     # pixels as they are
+    "inpainting": lambda config: None,  # the first stage
+}
+
+
+def _conditioner(config: Any) -> nn.Module | None:
+    options = config.conditioning
+    sequence = choose(CONDITIONERS, options.crossattn, "conditioning.crossattn")(config)
+    spatial = choose(MAP_CONDITIONERS, options.concat, "conditioning.concat")(config)
+    if sequence is not None and options.width != config.model.context_dim:
+        raise UserError(f"conditioning.width is {options.width}, but model.context_dim is {config.model.context_dim}")
+    return HybridConditioner(sequence, spatial) if sequence is not None and spatial is not None else (
+        sequence or spatial)
 
 
 def _unet(config: Any) -> UNet:
@@ -79,10 +107,4 @@ def build(config: Any) -> Models:
     """
     if choose({"autoencoder": 1, "diffusion": 2}, config.stage, "stage") == 1:
         return Models(unet=None, conditioner=None, first_stage=build_first_stage(config.model))
-    crossattn = config.conditioning.crossattn
-    conditioner = choose(CONDITIONERS, crossattn, "conditioning.crossattn")(config)
-    if conditioner is not None and config.conditioning.width != config.model.context_dim:
-        raise UserError(
-            f"conditioning.width is {config.conditioning.width}, but model.context_dim is {config.model.context_dim}"
-        )
-    return Models(unet=_unet(config), conditioner=conditioner, first_stage=build_first_stage(config.first_stage.model))
+    return Models(_unet(config), _conditioner(config), build_first_stage(config.first_stage.model))

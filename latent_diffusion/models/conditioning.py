@@ -1,11 +1,22 @@
-"""Conditioners tau_theta (paper section 3.3): a condition -> a sequence of vectors for the UNet's cross-attention."""
+"""Conditioners tau_theta (paper section 3.3): a condition -> a sequence of vectors for the UNet's cross-attention, or
+-> a map that is joined to z_t channel by channel."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from latent_diffusion.errors import UserError
-from latent_diffusion.models.layers import CrossAttention, Dtype, compute_dtype, dense, layer_norm, remat
+from latent_diffusion.models.layers import (
+    CrossAttention,
+    Dtype,
+    compute_dtype,
+    dense,
+    downsample_mean,
+    layer_norm,
+    remat,
+    torch_kernel_init,
+)
 
 
 class ClassEmbedder(nn.Module):
@@ -68,3 +79,56 @@ class TextTransformer(nn.Module):
             h = layer_norm(x, f"layers_{i + 1}_0", dtype=dtype)
             x = x + feed(dtype, name=f"layers_{i + 1}_1")(h)
         return layer_norm(x, "norm", dtype=dtype).astype(jnp.float32)
+
+
+class _Kernel(nn.Module):
+    """The kernel of a convolution, for where it is applied in another way."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param("kernel", torch_kernel_init, self.shape)
+
+
+class SpatialRescaler(nn.Module):
+    """A semantic map -> `width` channels at the latents' size (paper section 4.3.2): `stages` times half the size, then
+    a 1x1 convolution without bias.
+
+    The reference halves by bilinear interpolation without antialiasing, which at a factor of 2 is the mean of 2x2.
+    """
+
+    num_classes: int
+    stages: int
+    width: int = 3
+
+    @nn.compact
+    def __call__(
+        self, segmentation: Int[Array, "b h w"] | Float[Array, "b h w k"], *, train: bool = False
+    ) -> Float[Array, "b h2 w2 d"]:
+        """Class numbers (B, H, W), or a weight for each class (B, H, W, num_classes) -> (B, H / 2^stages, ..., width).
+
+        Both linear maps commute, so class numbers are looked up before they are averaged: no one-hot map is made.
+        """
+        kernel = _Kernel((1, 1, self.num_classes, self.width), name="channel_mapper")()
+        integer = jnp.issubdtype(segmentation.dtype, jnp.integer)
+        x = kernel[0, 0][segmentation] if integer else segmentation @ kernel[0, 0]
+        for _ in range(self.stages):
+            x = downsample_mean(x)
+        return x
+
+
+class HybridConditioner(nn.Module):
+    """Two conditioners side by side: `crossattn` for a sequence, `concat` for a map."""
+
+    crossattn: nn.Module
+    concat: nn.Module
+
+    def __call__(self, y: Array, spatial: Array, *, train: bool = False) -> tuple[Array, Array]:
+        return self.sequence(y, train=train), self.map(spatial, train=train)
+
+    def sequence(self, y: Array, *, train: bool = False) -> Float[Array, "b t d"]:
+        return self.crossattn(y, train=train)
+
+    def map(self, spatial: Array, *, train: bool = False) -> Float[Array, "b h w d"]:
+        return self.concat(spatial, train=train)

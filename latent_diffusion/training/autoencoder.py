@@ -73,7 +73,8 @@ def reconstruct(
     """
     model, x = models.first_stage, batch["image"]
     noise_key, dropout_key = jax.random.split(key)
-    apply = dict(rngs={"dropout": jax.random.fold_in(dropout_key, jax.lax.axis_index(AXIS))})
+    first = batch["index"][0]  # of this device and piece alone
+    apply = dict(rngs={"dropout": jax.random.fold_in(dropout_key, first)})
     encoded = model.apply({"params": params}, x, train=train, method="encode", **apply)
     if config.model.kind == "kl":
         z = encoded.sample_from(keys.normal(noise_key, batch["index"], encoded.mean.shape[1:]))
@@ -126,6 +127,7 @@ def generator_gradients(params, disc_stats, batch, key, *, state, frozen, models
     """
     options, x = config.training.loss, batch["image"]
     rec_key, lpips_key = jax.random.split(key)
+    lpips_key = jax.random.fold_in(lpips_key, batch["index"][0])
     (x_rec, regularization), backward, metrics = jax.vjp(
         lambda p: reconstruct(p, batch, rec_key, models=models, config=config), params["autoencoder"], has_aux=True)
 
@@ -265,10 +267,10 @@ def reconstruct_mode(params: Any, x: Float[Array, "b h w c"], *, models: Any, co
 
 
 def eval_step(params: Any, frozen: dict, batch: dict, rng: Key[Array, ""], *, models: Any, config: Any) -> dict:
-    """Sums over the valid images of all devices (``mask`` 1): PSNR, LPIPS and L1 of `reconstruct_mode`, moments of
+    """Sums over the valid images of all devices (``valid`` 1): PSNR, LPIPS and L1 of `reconstruct_mode`, moments of
     the latents, and the ``count`` of images."""
     del rng
-    x, mask = batch["image"], batch["mask"]
+    x, valid = batch["image"], batch["valid"]
     x_rec, z = reconstruct_mode(params["autoencoder"], x, models=models, config=config)
     values = {"psnr": psnr(x, x_rec), "l1": jnp.mean(jnp.abs(x - x_rec), axis=(1, 2, 3)),
               "latent_mean": jnp.mean(z, axis=(1, 2, 3)), "latent_square": jnp.mean(z**2, axis=(1, 2, 3))}
@@ -276,5 +278,5 @@ def eval_step(params: Any, frozen: dict, batch: dict, rng: Key[Array, ""], *, mo
     if network != "none":
         values[f"lpips_{network}"] = LPIPS(net=network).apply(
             {"params": frozen["lpips"]}, x, jnp.clip(x_rec, -1, 1))
-    sums = {name: jnp.sum(value * mask) for name, value in values.items()}
-    return sum_over_devices(sums | {"count": jnp.sum(mask)})
+    sums = {name: jnp.sum(value * valid) for name, value in values.items()}
+    return sum_over_devices(sums | {"count": jnp.sum(valid)})

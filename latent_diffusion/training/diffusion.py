@@ -13,12 +13,16 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from latent_diffusion import keys
+from latent_diffusion.conditions import SEQUENCES
 from latent_diffusion.diffusion import process
-from latent_diffusion.parallel import AXIS, mean_over_devices, sum_over_devices
+from latent_diffusion.models.conditioning import HybridConditioner
+from latent_diffusion.parallel import mean_over_devices, sum_over_devices
 from latent_diffusion.training.optimizer import accumulate, update_ema
 from latent_diffusion.training.state import TrainState
 
-CONDITIONS = ("tokens", "label")  # batch keys that hold a condition y; `frozen["null"]` has the null value of each
+# Batch keys that hold a condition y. Those with a null value (in `frozen["null"]`) are dropped in training, with the
+# option of their own beside ``dropout``; maps are not, they are there in both passes of guidance.
+OWN_DROPOUT = {"tokens": "text_dropout", "label": "label_dropout", "layout": ""}
 
 
 def posterior(models: Any, params: Any, image: Float[Array, "b h w c"]) -> tuple[Array, Array]:
@@ -42,35 +46,60 @@ def latents(models: Any, first_stage: Any, batch: dict, key: Key[Array, ""]) -> 
 def drop_conditions(batch: dict, null: dict, key: Key[Array, ""], options: Any) -> dict:
     """Conditioning dropout per example (Ho and Salimans 2021): with probability ``dropout`` every condition becomes
     its null value, in addition ``text_dropout`` and ``label_dropout`` drop one of them alone."""
-    all_key, *own_keys = jax.random.split(key, 1 + len(CONDITIONS))
+    all_key, *own_keys = jax.random.split(key, 1 + len(OWN_DROPOUT))
     index = batch["index"]
     drop_all = keys.bernoulli(all_key, index, options.dropout)
-    own = dict(zip(CONDITIONS, (options.text_dropout, options.label_dropout), strict=True))
     dropped = {}
-    for name, own_key in zip(CONDITIONS, own_keys, strict=True):
+    for (name, option), own_key in zip(OWN_DROPOUT.items(), own_keys, strict=True):
         if name in batch:
-            drop = drop_all | keys.bernoulli(own_key, index, own[name])
+            drop = drop_all | keys.bernoulli(own_key, index, options[option]) if option else drop_all
             drop = drop.reshape(-1, *[1] * (batch[name].ndim - 1))
             dropped[name] = jnp.where(drop, null[name], batch[name])
     return dropped
 
 
 def condition(models: Any, params: Any, conditions: dict, options: Any, **apply: Any) -> dict:
-    """What the UNet receives for raw conditions: ``context`` = tau_theta(y) and/or ``label``.
+    """What the UNet receives for raw conditions without maps: ``context`` = tau_theta(y) and/or ``label``.
 
     Args:
       models, params: networks and ``{"conditioner": ...}``.
-      conditions: ``tokens`` (b, l) int32 and/or ``label`` (b,) int32.
+      conditions: ``tokens`` (b, l), ``layout`` (b, l), ``label`` (b,), int32, as far as `options` asks for them.
       options: the config's ``conditioning``.
       **apply: passed to the conditioner's apply (``train``, ``rngs``).
     """
     inputs = {}
     if options.crossattn != "none":
-        y = conditions["tokens" if options.crossattn == "text" else "label"]
-        inputs["context"] = models.conditioner.apply({"params": params["conditioner"]}, y, **apply)
+        method = "sequence" if isinstance(models.conditioner, HybridConditioner) else None
+        y = conditions[SEQUENCES[options.crossattn]]
+        inputs["context"] = models.conditioner.apply({"params": params["conditioner"]}, y, method=method, **apply)
     if options.label:
         inputs["label"] = conditions["label"]
     return inputs
+
+
+def condition_map(models: Any, params: Any, first_stage: Any, conditions: dict, options: Any, **apply: Any) -> dict:
+    """What is joined to z_t channel by channel, ``concat``, (b, h, w, c) at the size of the latents; {} for no map.
+
+    Args:
+      models, params, options, **apply: as for `condition`.
+      first_stage: its parameters, for inpainting.
+      conditions: ``segmentation`` (b, H, W) class numbers; or ``low_res`` (b, h, w, c) in [-1, 1]; or, for inpainting,
+        ``image`` (b, H, W, c) in [-1, 1] and ``mask`` (b, H, W, 1), 1 = to be painted.
+    """
+    if options.concat == "none":
+        return {}
+    if options.concat == "low_res":
+        return {"concat": conditions["low_res"]}
+    if options.concat == "segmentation":
+        method = "map" if isinstance(models.conditioner, HybridConditioner) else None
+        y = conditions["segmentation"]
+        return {"concat": models.conditioner.apply({"params": params["conditioner"]}, y, method=method, **apply)}
+    mask = conditions["mask"].astype(jnp.float32)
+    masked = jnp.where(mask > 0.5, -1.0, conditions["image"])  # black, as the reference's holes
+    mean, _ = posterior(models, first_stage, masked)  # the mode, unscaled
+    factor = mask.shape[1] // mean.shape[1]
+    small = mask[:, ::factor, ::factor]  # torch's nearest neighbor
+    return {"concat": jnp.concatenate([mean, 2 * small - 1], axis=-1)}
 
 
 def loss_and_metrics(
@@ -85,12 +114,12 @@ def loss_and_metrics(
     eps = keys.normal(eps_key, index, z_0.shape[1:])
     z_t = process.q_sample(schedule, z_0, t, eps)
 
-    conditions = {name: batch[name] for name in CONDITIONS if name in batch}
-    apply = {"train": train}
+    conditions, apply = batch, {"train": train}
     if train:
         conditions = drop_conditions(batch, frozen["null"], drop_key, config.conditioning)
-        apply["rngs"] = {"dropout": jax.random.fold_in(dropout_key, jax.lax.axis_index(AXIS))}
-    inputs = condition(models, params, conditions, config.conditioning, **apply)
+        apply["rngs"] = {"dropout": jax.random.fold_in(dropout_key, index[0])}  # of this device and piece alone
+    inputs = condition(models, params, conditions, config.conditioning, **apply) | condition_map(
+        models, params, frozen.get("first_stage"), batch, config.conditioning, **apply)
     prediction = models.unet.apply({"params": params["unet"]}, z_t, t, **inputs, **apply).astype(jnp.float32)
 
     target = process.target(schedule, options.parameterization, z_0, eps, t)
@@ -128,7 +157,8 @@ def train_step(
     Args:
       state: replicated.
       frozen: ``first_stage`` parameters (unless latents are cached) and ``null``, the null condition of each kind.
-      batch: this device's part: ``image`` or ``latent_mean`` and ``latent_std``, conditions, and ``index`` (b,).
+      batch: this device's part: ``image`` or ``latent_mean`` and ``latent_std``, conditions (`condition`,
+        `condition_map`), and ``index`` (b,).
       rng: the run's key; folded with the step and each example's index.
       models, schedule, tx, config: static.
 
@@ -157,14 +187,18 @@ def create_state(rng: Key[Array, ""], *, models: Any, tx: optax.GradientTransfor
     """The state at step 0, with scale factor 1."""
     unet_key, conditioner_key = jax.random.split(rng)
     options, size, one = config.conditioning, config.model.image_size, jnp.zeros((1,), jnp.int32)
-    params, inputs = {}, {}
+    params, inputs, examples = {}, {}, []
     if options.crossattn != "none":
-        y = one if options.crossattn == "class" else jnp.zeros((1, options.text.max_length), jnp.int32)
-        params["conditioner"] = models.conditioner.init(conditioner_key, y)["params"]
+        examples.append(one if options.crossattn == "class" else jnp.zeros(
+            (1, options[options.crossattn].max_length), jnp.int32))
         inputs["context"] = jnp.zeros((1, 1, config.model.context_dim))
+    if options.concat == "segmentation":
+        examples.append(jnp.zeros((1, config.data.image_size, config.data.image_size), jnp.int32))
+    if examples:
+        params["conditioner"] = models.conditioner.init(conditioner_key, *examples)["params"]
     if options.label:
         inputs["label"] = one
-    z = jnp.zeros((1, size, size, config.model.out_channels))
+    z = jnp.zeros((1, size, size, config.model.in_channels))
     params["unet"] = models.unet.init(unet_key, z, one, **inputs)["params"]
     if config.diffusion.learn_logvar:
         params["logvar"] = jnp.full((config.diffusion.timesteps,), config.diffusion.logvar_init, jnp.float32)

@@ -31,6 +31,9 @@ def complete_config(config: Any, workdir: epath.Path) -> None:
     first = config.first_stage
     if checkpoint.has_frozen(workdir):
         _, metadata = checkpoint.load_frozen(workdir)
+        if checkpoint.latest_step(workdir) is None and first.workdir and absolute(first.workdir) != metadata["source"]:
+            raise UserError(f"--workdir {workdir} holds a copy of another first stage, {metadata['source']}; nothing "
+                            "else has been saved there, so the folder may be removed")
         first.model = config_lib.from_json(metadata["config"]).model
         if first.workdir and absolute(first.workdir) != metadata["source"]:
             logging.warning("this run goes on with its own copy of the first stage, from %s, step %d; "
@@ -41,10 +44,12 @@ def complete_config(config: Any, workdir: epath.Path) -> None:
         raise UserError("first_stage.workdir is empty: train an autoencoder first, then give its workdir with "
                         "--config.first_stage.workdir=DIR")
     identity = first.model.kind == "identity"
+    if identity:
+        first.model.in_channels = first.model.out_channels = config.data.channels
     channels = config.data.channels if identity else first.model.embed_dim
     config.model.image_size = config.model.image_size or (
         config.data.image_size // (1 if identity else 2 ** (len(first.model.ch_mult) - 1)))
-    config.model.in_channels = config.model.in_channels or channels
+    config.model.in_channels = config.model.in_channels or channels + config_lib.map_channels(config)
     config.model.out_channels = config.model.out_channels or channels
 
 

@@ -54,8 +54,9 @@ def run(config: Any, workdir: str) -> int:
             return 0
         make_workdir(path)
         ready = STAGES[config.stage](config, path, splits, vocabulary)
+        ready.shapes()  # networks that do not fit the config say so before anything is written
         manager = checkpoint.open_manager(path, keep=config.checkpoint.keep)
-        write_workdir(config, path, vocabulary, splits["train"].label_names)
+        write_workdir(config, path, vocabulary, splits["train"])
         with contextlib.closing(manager), open_writer(path) as writer, interrupts.catch() as caught:
             return train(ready, config, path, manager, writer, caught)
 
@@ -117,14 +118,19 @@ def make_workdir(path: epath.Path) -> None:
         raise UserError(f"--workdir {path} cannot be used: {error.strerror or error}") from error
 
 
-def write_workdir(config: Any, path: epath.Path, vocabulary: Any, label_names: Any) -> None:
-    """Writes what makes the workdir readable without flags: vocab.txt, labels.txt and config.json."""
+def write_workdir(config: Any, path: epath.Path, vocabulary: Any, source: Any) -> None:
+    """Writes what makes the workdir readable without flags: vocab.txt, the names of classes and config.json."""
     if not parallel.is_first_process():
         return
     if vocabulary is not None:
         vocabulary.save(path / "vocab.txt")
-    if label_names:
-        conditions.save_labels(path / "labels.txt", label_names)
+    used = {"labels": source.label_names}
+    if config.stage == "diffusion":
+        used["objects"] = source.object_names if config.conditioning.crossattn == "layout" else ()
+        used["map_classes"] = source.map_names if config.conditioning.concat == "segmentation" else ()
+    for kind, names in used.items():
+        if names:
+            conditions.save_labels(path / f"{kind}.txt", names)
     saved, text = path / "config.json", config_lib.to_json(config)
     if not saved.exists() or saved.read_text() != text:
         saved.write_text(text)
@@ -156,7 +162,7 @@ def train(run: setup.Setup, config: Any, path: epath.Path, manager: Any, writer:
                 bar.unpause()  # compilation is no measure of the time left
             bar.update()
             if step % config.checkpoint.every == 0 or step == last or stop:
-                save(manager, step, state, config, metrics, path)
+                save(manager, step, state, config, metrics, path, len(run.data.splits["train"].source))
                 if writer:
                     writer.flush()
             if stop:
@@ -205,6 +211,10 @@ def restore_or_start(run: setup.Setup, config: Any, manager: Any) -> tuple[Any, 
     if manager.latest_step() is None:
         return run.create(), 0
     restored, metadata = checkpoint.restore(manager, items_of(run.shapes()))
+    images_then, images_now = metadata.get("images"), len(run.data.splits["train"].source)
+    if images_then not in (None, images_now):
+        raise UserError(f"the run in this workdir was trained on {images_then} images, and the data now has "
+                        f"{images_now}; give it the same data, or another workdir")
     state = restored.pop("optimizer").replace(**{FIELDS[name]: tree for name, tree in restored.items()})
     return parallel.replicate(state), metadata["step"]
 
@@ -219,11 +229,13 @@ def items_of(state: Any) -> dict[str, Any]:
     return items | {"optimizer": state.replace(**{field: None for field in fields.values()})}
 
 
-def save(manager: Any, step: int, state: Any, config: Any, metrics: dict, path: epath.Path) -> None:
+def save(
+    manager: Any, step: int, state: Any, config: Any, metrics: dict, path: epath.Path, number_of_images: int
+) -> None:
     """Starts an asynchronous checkpoint, unless the step diverged; every process calls it."""
     check_finite(step, {name: float(value) for name, value in parallel.to_host(metrics).items()}, path)
     host = parallel.to_host(state)
-    metadata = {"step": step, "stage": config.stage, "data": {"next_index": step},
+    metadata = {"step": step, "stage": config.stage, "data": {"next_index": step}, "images": number_of_images,
                 "config": config_lib.to_json(config)}
     if config.stage == "diffusion":
         metadata["scale_factor"] = float(host.scale_factor)
@@ -329,11 +341,13 @@ def draw(run: setup.Setup, state: Any, step: int, writer: Writer | None, path: e
     if not writer:
         return
     for name, pictures in run.pictures(state).items():
-        writer.write_images(step, {name: pictures})
+        writer.write_images(step, {name: pictures.images})
+        writer.write_scalars(step, {f"{name}/{key}": value for key, value in pictures.scores.items()})
         writer.flush()
-        file = path / f"{name}.png"
-        images.save_png(file, images.grid(pictures, 8 if len(pictures) > 16 else 4), {"step": step})
-        say(f"step {step}: {name} in {file}")
+        file, number = path / f"{name}.png", len(pictures.images)
+        images.save_png(file, images.grid(pictures.images, 8 if number > 16 else 4), {"step": step})
+        scores = ", ".join(f"{key} {value:.2f}" for key, value in pictures.scores.items())
+        say(f"step {step}: {name} in {file}" + (f"; of these {number}: {scores}" if scores else ""))
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------

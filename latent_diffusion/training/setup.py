@@ -12,14 +12,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from latent_diffusion import conditions, images, models, parallel, pipeline, request, weights
+from latent_diffusion import conditions, images, layouts, models, parallel, pipeline, request, weights
 from latent_diffusion.data import loader
 from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.errors import UserError
+from latent_diffusion.models.perceptual import LPIPS
 from latent_diffusion.training import autoencoder as stage1
 from latent_diffusion.training import diffusion as stage2
 from latent_diffusion.training import first_stage as first_stage_lib
-from latent_diffusion.training import optimizer
+from latent_diffusion.training import optimizer, previews
 
 Splits = Mapping[str, Any]  # {"train": source, "eval": source}, opened
 
@@ -48,10 +49,10 @@ class Data:
         full = len(self.splits["eval"].source) // self.config.training.batch_size
         return itertools.islice(self.evaluation(), max(1, full))
 
-    def held_out_images(self) -> np.ndarray:
-        """The first ``evaluation.num_images`` held-out images, (n, h, w, c) in [-1, 1], in whatever process."""
+    def held_out(self) -> dict[str, np.ndarray]:
+        """A batch of the first ``evaluation.num_images`` held-out examples, in whatever process."""
         number = min(self.config.evaluation.num_images, len(self.splits["eval"].source))
-        return next(self._batches("eval", batch_size=number))["image"]
+        return next(self._batches("eval", batch_size=number))
 
     def _batches(self, split: str, **options: Any) -> Iterator[dict]:
         return loader.batches(self.config, split, vocabulary=self.vocabulary, fields=self.fields,
@@ -64,8 +65,8 @@ class Setup:
 
     create: makes the state at step 0, on all devices. shapes: its shapes and dtypes. frozen: weights that no step
     updates, on all devices. step: pmapped ``(state, frozen, batch, key) -> (state, metrics)``. evaluate: ``state ->
-    {name: number}`` over the held-out set, a collective. pictures: ``state -> {name: uint8 (n, h, w, c)}``, in one
-    process. summary: one line from the result of `evaluate`. notes: what to tell the user at the start.
+    {name: number}`` over the held-out set, a collective. pictures: ``state -> {name: Pictures}``, in one process.
+    summary: one line from the result of `evaluate`. notes: what to tell the user at the start.
     """
 
     models: models.Models
@@ -75,7 +76,7 @@ class Setup:
     data: Data
     step: Callable
     evaluate: Callable[[Any], dict[str, float]]
-    pictures: Callable[[Any], dict[str, np.ndarray]]
+    pictures: Callable[[Any], dict[str, previews.Pictures]]
     summary: Callable[[dict[str, float]], str]
     notes: tuple[str, ...] = ()
 
@@ -89,11 +90,18 @@ def complete_conditioning(config: Any, workdir: epath.Path, source: Any) -> cond
     if config.stage != "diffusion":
         return None
     options, vocabulary = config.conditioning, None
+    for name, things, names in (("segmentation", options.segmentation, source.map_names),
+                                ("layout", options.layout, source.object_names)):
+        if name in (options.concat, options.crossattn):
+            things.num_classes = things.num_classes or len(names)
     if options.label or options.crossattn == "class":
         if not source.label_names:
             raise UserError(f"conditioning needs labels, but data.source={config.data.source} has none; use class "
                             "sub-folders, a set with labels, or conditioning.label=False")
         options.num_classes = options.num_classes or len(source.label_names)
+        if options.label and config.model.num_classes not in (0, options.num_classes + 1):
+            raise UserError(f"model.num_classes={config.model.num_classes} must be {options.num_classes + 1}, the "
+                            "classes and the null class; 0 sets it")
         if options.num_classes < len(source.label_names):
             raise UserError(f"conditioning.num_classes={options.num_classes} but the data has "
                             f"{len(source.label_names)} classes")
@@ -135,6 +143,9 @@ def autoencoder(config: Any, workdir: epath.Path, splits: Splits, vocabulary: No
         size, channels = config.data.image_size, config.data.channels
         batch = {"image": jax.ShapeDtypeStruct((*local, size, size, channels), np.float32),
                  "index": jax.ShapeDtypeStruct(local, np.int32)}
+        if perceptual != "none":  # it has a smallest picture
+            one = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
+            jax.eval_shape(LPIPS(net=perceptual).init, key, one, one)
         return jax.eval_shape(first_step, None, frozen, batch, key)[0]
 
     def evaluate(state: Any) -> dict[str, float]:
@@ -148,12 +159,12 @@ def autoencoder(config: Any, workdir: epath.Path, splits: Splits, vocabulary: No
     def reconstruct(params: Any, x: jax.Array) -> jax.Array:
         return stage1.reconstruct_mode(params, x, models=networks, config=config)[0]
 
-    def pictures(state: Any) -> dict[str, np.ndarray]:
-        x = data.held_out_images()
+    def pictures(state: Any) -> dict[str, previews.Pictures]:
+        x = data.held_out()["image"]
         params = stage2.sampling_params(state.params, state.ema_params)
         y = np.asarray(reconstruct(parallel.to_host(params["autoencoder"]), x))
         pairs = np.stack([images.to_uint8(x), images.to_uint8(y)], axis=1)
-        return {"reconstructions": pairs.reshape(-1, *pairs.shape[2:])}
+        return {"reconstructions": previews.Pictures(pairs.reshape(-1, *pairs.shape[2:]))}
 
     def summary(result: dict[str, float]) -> str:
         lpips = "".join(f", LPIPS ({name[6:]}) {value:.4f}" for name, value in result.items() if name[:6] == "lpips_")
@@ -169,23 +180,27 @@ def diffusion(config: Any, workdir: epath.Path, splits: Splits, vocabulary: cond
     """Stage 2, ready for the loop; copies the first stage into the workdir the first time."""
     networks, schedule, tx = models.build(config), schedule_lib.from_config(config.diffusion), optimizer.create(config)
     key, fields = jax.random.key(config.seed), request.condition_fields(config)
-    label_names = tuple(splits["train"].label_names)
-    asked = sample_conditions(config, splits["train"])
+    maps = tuple(field for field in request.map_fields(config) if field != "image")
+    opened = splits["train"]
+    names = dict(label_names=opened.label_names, object_names=opened.object_names, map_names=opened.map_names)
+    asked = previews.conditions_to_draw(config, splits["train"])
     request.resolve_settings(config, seed=config.seed)
-    request.resolve_conditions(config, asked.get("prompts"), asked.get("labels"), label_names)
-    first_stage, origin = first_stage_lib.copy_once(config, workdir)
-    frozen = parallel.replicate({"first_stage": first_stage, "null": null_conditions(config, vocabulary)})
-    if config.first_stage.cache:
-        names = {"tokens": "caption"}
-        splits = first_stage_lib.cached_sources(
-            config, networks, frozen, splits, tuple(names.get(name, name) for name in fields))
-    data = Data(config, splits, ("image", *fields), vocabulary)
-    step = parallel.pmap_step(stage2.train_step, models=networks, schedule=schedule, tx=tx, config=config)
-    eval_step = parallel.pmap_evaluate(stage2.eval_step, models=networks, schedule=schedule, config=config)
+    request.resolve_conditions(config, asked.get("prompts"), asked.get("labels"), opened.label_names)
 
     @jax.jit
     def create_state() -> Any:
         return stage2.create_state(key, models=networks, tx=tx, config=config)
+
+    jax.eval_shape(create_state)  # networks that do not fit the config say so before anything is copied
+    null = null_conditions(config, vocabulary)
+    first_stage, origin = first_stage_lib.copy_once(config, workdir)
+    frozen = parallel.replicate({"first_stage": first_stage, "null": null})
+    if config.first_stage.cache:
+        splits = first_stage_lib.cached_sources(
+            config, networks, frozen, splits, tuple({"tokens": "caption"}.get(name, name) for name in fields))
+    data = Data(config, splits, ("image", *fields, *maps), vocabulary)
+    step = parallel.pmap_step(stage2.train_step, models=networks, schedule=schedule, tx=tx, config=config)
+    eval_step = parallel.pmap_evaluate(stage2.eval_step, models=networks, schedule=schedule, config=config)
 
     def create() -> Any:
         factor = first_stage_lib.measure_scale_factor(config, networks, frozen, data.train(0))
@@ -200,13 +215,12 @@ def diffusion(config: Any, workdir: epath.Path, splits: Splits, vocabulary: cond
         sums = sum_over_batches(eval_step, held, frozen, data.full_batches(), key)
         return {name: value / sums["count"] for name, value in sums.items() if name != "count"}
 
-    def pictures(state: Any) -> dict[str, np.ndarray]:
+    def pictures(state: Any) -> dict[str, previews.Pictures]:
         params = stage2.sampling_params(state.params, state.ema_params) | {"first_stage": frozen["first_stage"]}
         ldm = pipeline.LatentDiffusion(
             config=config, models=networks, schedule=schedule, params=params, vocabulary=vocabulary,
-            scale_factor=float(parallel.to_host(state.scale_factor)), label_names=label_names,
-            step=int(parallel.to_host(state.step)))
-        return {"samples": ldm.sample(**asked, seed=config.seed).images}
+            scale_factor=float(parallel.to_host(state.scale_factor)), step=int(parallel.to_host(state.step)), **names)
+        return {"samples": previews.draw(ldm, asked, data.held_out() if maps or "layout" in fields else {})}
 
     def summary(result: dict[str, float]) -> str:
         return f"held-out loss {result['loss_simple']:.4f} ({'EMA' if config.ema.decay > 0 else 'raw'} weights)"
@@ -216,35 +230,12 @@ def diffusion(config: Any, workdir: epath.Path, splits: Splits, vocabulary: cond
 
 
 def null_conditions(config: Any, vocabulary: conditions.Vocabulary | None) -> dict[str, np.ndarray]:
-    """The null value of each condition: the tokens of the empty text, the class after the last."""
+    """The null value of each condition: the tokens of the empty text or layout, the class after the last."""
     null = {"label": np.asarray(config.conditioning.num_classes, np.int32)}
+    null["layout"] = layouts.null_tokens(config.conditioning.layout)
     if vocabulary is not None:
         null["tokens"] = np.asarray(vocabulary.null(config.conditioning.text.max_length)).reshape(-1)
     return {name: null[name] for name in request.condition_fields(config)}
-
-
-def sample_conditions(config: Any, source: Any) -> dict[str, Any]:
-    """Prompts and labels of the logged grid: the config's, or the first captions (for text models) or all classes
-    (for models without text) of the data."""
-    options, n, fields = config.sampling, config.evaluation.num_images, request.condition_fields(config)
-    chosen: dict[str, Any] = {"num_samples": n}
-    if "tokens" in fields:
-        first = (source.captions[i] for i in range(min(len(source.captions), 20 * n)))
-        if prompts := tuple(options.prompts) or tuple(itertools.islice(dict.fromkeys(filter(None, first)), n)):
-            chosen["prompts"] = repeat(prompts, n)
-    if "label" in fields:
-        labels = tuple(options.labels)
-        droppable = config.conditioning.dropout > 0 or config.conditioning.label_dropout > 0
-        if not labels and not ("tokens" in fields and droppable):
-            labels = tuple(range(config.conditioning.num_classes))
-        if labels:
-            chosen["labels"] = repeat(labels, n)
-    return chosen
-
-
-def repeat(items: tuple, number: int) -> list:
-    """`number` items, in turn."""
-    return [items[i % len(items)] for i in range(number)]
 
 
 def sum_over_batches(step: Callable, params: Any, frozen: dict, stream: Iterator[dict], key: Any) -> dict[str, float]:

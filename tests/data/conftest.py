@@ -1,24 +1,19 @@
 """A config with the keys that the data code reads, and a small copy of the emoji set."""
 
 import pytest
-from ml_collections import ConfigDict
+
+from latent_diffusion import defaults
 
 
 @pytest.fixture
 def make_config():
     def make(batch_size=4, seed=0, **data):
-        defaults = dict(
-            source="memory", name="", path="", data_dir="", split="train", eval_split="validation", image_size=16,
-            channels=3, crop="center", min_crop_scale=1.0, flip=False, background="white", image_key="image",
-            label_key="label", caption_key="caption", styles=("twemoji", "openmoji"), groups=(), skin_tones=False,
-            duplicates=False, style_prefix=False, holdout=0.25, on_corrupt="error", workers=0, threads=2,
-            num_examples=12,
-        )
-        assert not set(data) - set(defaults)
-        return ConfigDict(dict(
-            seed=seed, data={**defaults, **data}, training=dict(batch_size=batch_size),
-            conditioning=dict(text=dict(max_length=12)),
-        ))
+        config = defaults.diffusion()
+        config.data.update(source="memory", image_size=16, holdout=0.25, threads=2, num_examples=12)
+        config.data.update(data)
+        config.conditioning.text.max_length = 12
+        config.training.batch_size, config.seed = batch_size, seed
+        return config
 
     return make
 

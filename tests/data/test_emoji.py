@@ -256,7 +256,7 @@ def test_the_resolution_is_the_next_larger_one(make_config):
     sizes = {8: "32", 32: "32", 48: "64", 64: "64", 65: "128", 200: "256", 512: "256"}
     for size, expected in sizes.items():
         data = make_config(source="emoji", data_dir="/nowhere", image_size=size).data
-        assert sources._emoji_builder(data).builder_config.name == expected
+        assert sources._builder_of(data).builder_config.name == expected
 
 
 def test_several_processes_prepare_once(make_config, tmp_path, monkeypatch):
@@ -279,7 +279,7 @@ def test_several_processes_prepare_once(make_config, tmp_path, monkeypatch):
 def test_a_directory_that_cannot_be_written_is_named(make_config, tmp_path):
     (tmp_path / "file").write_text("in the way")
     config = make_config(source="emoji", data_dir=str(tmp_path / "file"))
-    with pytest.raises(UserError, match=f"cannot make the emoji set in {tmp_path}/file/emoji/32"):
+    with pytest.raises(UserError, match=f"cannot make the set in {tmp_path}/file/emoji/32"):
         sources.prepare(config)
 
 

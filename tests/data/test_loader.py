@@ -126,16 +126,16 @@ def test_evaluation_is_one_pass_in_order_with_a_mask(make_config):
     batches = list(loader.batches(make_config(**AUGMENTED), "eval", source=_numbered(10)))
     assert len(batches) == 3
     np.testing.assert_array_equal(_numbers(batches), [*range(10), 0, 1])
-    np.testing.assert_array_equal(np.concatenate([batch["mask"] for batch in batches]), [1] * 10 + [0] * 2)
+    np.testing.assert_array_equal(np.concatenate([batch["valid"] for batch in batches]), [1] * 10 + [0] * 2)
     np.testing.assert_array_equal(np.concatenate([batch["index"] for batch in batches]), range(12))
-    assert batches[0]["mask"].dtype == np.float32
+    assert batches[0]["valid"].dtype == np.float32
     _assert_equal(batches, list(loader.batches(make_config(**AUGMENTED), "eval", source=_numbered(10))))
 
 
 def test_evaluation_sets_smaller_than_a_batch(make_config):
     (batch,) = loader.batches(make_config(batch_size=8), "eval", source=_numbered(3))
     np.testing.assert_array_equal(_numbers([batch]), [0, 1, 2, 0, 1, 2, 0, 1])
-    assert batch["mask"].sum() == 3
+    assert batch["valid"].sum() == 3
 
 
 def test_processes_share_the_evaluation(make_config):
@@ -144,14 +144,14 @@ def test_processes_share_the_evaluation(make_config):
         for p in range(2)
     ]
     assert len(parts[0]) == len(parts[1]) == 3  # as many steps in each, or collectives would wait for ever
-    real = [_numbers(part)[np.concatenate([batch["mask"] for batch in part]) == 1] for part in parts]
+    real = [_numbers(part)[np.concatenate([batch["valid"] for batch in part]) == 1] for part in parts]
     assert sorted(np.concatenate(real)) == list(range(9))
 
 
 def test_one_pass_over_the_training_part(make_config):
     config = make_config(num_examples=6)
     batches = list(loader.batches(config, "train_once", fields=("image", "caption")))
-    real = np.concatenate([batch["caption"][batch["mask"] == 1] for batch in batches])
+    real = np.concatenate([batch["caption"][batch["valid"] == 1] for batch in batches])
     assert list(real) == list(sources.open_source(config, "train").captions)
 
 
@@ -205,5 +205,5 @@ def test_errors(make_config):
     bare = sources.Source(_Numbered(9), where="numbers")
     with pytest.raises(UserError, match="numbers has no captions"):
         loader.batches(make_config(), "train", source=bare, fields=("caption",))
-    with pytest.raises(UserError, match="choose from emoji, tfds, folder, memory"):
+    with pytest.raises(UserError, match="choose from emoji, emoji_scenes, tfds"):
         loader.batches(make_config(source="web"), "train")

@@ -12,7 +12,7 @@ from scipy.special import erf
 from latent_diffusion import models
 from latent_diffusion.errors import UserError
 from latent_diffusion.models.autoencoder import AutoencoderIdentity, AutoencoderKL, AutoencoderVQ
-from latent_diffusion.models.conditioning import ClassEmbedder, TextTransformer
+from latent_diffusion.models.conditioning import ClassEmbedder, SpatialRescaler, TextTransformer
 
 
 def _count(module, inputs):
@@ -96,6 +96,7 @@ def _diffusion(**conditioning):
             "first_stage": {"model": KL},
             "conditioning": {
                 "crossattn": "none",
+                "concat": "none",
                 "label": False,
                 "num_classes": 10,
                 "width": 16,
@@ -134,7 +135,8 @@ def test_build_first_stage():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (_diffusion(crossattn="image"), "none, class, text"),
+        (_diffusion(crossattn="image"), "none, class, text, layout"),
+        (_diffusion(concat="depth"), "none, segmentation, low_res, inpainting"),
         (_diffusion(crossattn="class", width=8), "conditioning.width is 8, but model.context_dim is 16"),
         (ConfigDict({"stage": "both"}), "autoencoder, diffusion"),
         (ConfigDict({"stage": "autoencoder", "model": {"kind": "vae"}}), "kl, vq, identity"),
@@ -143,3 +145,35 @@ def test_build_first_stage():
 def test_mistakes_are_named(config, message):
     with pytest.raises(UserError, match=message):
         models.build(config)
+
+
+def _half(x):
+    """Bilinear at half the size, corners not aligned, no antialiasing: output i samples input 2 i + 0.5."""
+    for axis in (1, 2):
+        at = 2 * np.arange(x.shape[axis] // 2) + 0.5
+        low = np.floor(at).astype(int)
+        weight = (at - low).reshape([-1 if i == axis else 1 for i in range(4)])
+        x = np.take(x, low, axis) * (1 - weight) + np.take(x, low + 1, axis) * weight
+    return x
+
+
+def test_spatial_rescaler_is_bilinear_halves_then_a_convolution():
+    rescaler = SpatialRescaler(num_classes=5, stages=2, width=3)
+    classes = np.random.default_rng(0).integers(0, 5, (2, 16, 12)).astype(np.int32)
+    params = rescaler.init(jax.random.key(0), jnp.asarray(classes))["params"]
+    kernel = np.asarray(params["channel_mapper"]["kernel"])
+    assert kernel.shape == (1, 1, 5, 3)
+    expected = _half(_half(np.eye(5)[classes])) @ kernel[0, 0]
+    for given in (classes, np.eye(5, dtype=np.float32)[classes]):  # numbers, or a weight for each class
+        np.testing.assert_allclose(rescaler.apply({"params": params}, jnp.asarray(given)), expected, atol=1e-6)
+
+
+def test_hybrid_has_both():
+    networks = models.build(_diffusion(crossattn="text", concat="segmentation", segmentation={
+        "num_classes": 5, "channels": 3}))
+    tokens, classes = jnp.zeros((1, 7), jnp.int32), jnp.zeros((1, 16, 16), jnp.int32)
+    variables = networks.conditioner.init(jax.random.key(0), tokens, classes)
+    assert set(variables["params"]) == {"crossattn", "concat"}
+    assert networks.conditioner.apply(variables, tokens, method="sequence").shape == (1, 7, 16)
+    stages = len(networks.first_stage.ch_mult) - 1
+    assert networks.conditioner.apply(variables, classes, method="map").shape == (1, 16 >> stages, 16 >> stages, 3)

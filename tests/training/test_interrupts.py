@@ -155,6 +155,24 @@ def test_make_stops(tmp_path):
     assert "stopped and saved" in chain.output and "\nthe next command" not in chain.output
 
 
+def test_a_signal_that_a_callback_swallows_ends_the_start_all_the_same():
+    """Python prints and drops what is raised in a destructor, as KeyboardInterrupt by the handler of a signal there."""
+    program = Program([sys.executable, "-c", textwrap.dedent("""
+        import os, signal, time, train
+        train.GRACE = 0.5
+        class Swallows:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.1)
+        train.on_signals(train.interrupt)
+        Swallows()
+        print("goes on", flush=True)
+        time.sleep(60)
+    """)])
+    assert program.end(30) == 130
+    assert "goes on" in program.output and "interrupted before the first step" in program.output
+
+
 @pytest.mark.slow  # depends on where in its imports the program is after so many seconds; fails now and then
 @pytest.mark.parametrize("signum, seconds", [(signal.SIGINT, 0.3), (signal.SIGTERM, 1.5), (signal.SIGINT, 4.0)])
 def test_interrupt_before_the_first_step(tmp_path, seconds, signum):
