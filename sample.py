@@ -125,7 +125,8 @@ def plan(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     prompts, titles, classes = read_prompts(args)
     maps, objects = read_maps(args, config), None
     if args.layout:
-        objects = request.resolve_layouts(config, [layouts.read(path, object_names) for path in args.layout])
+        request.resolve_layouts(config, [])  # does the model take any?
+        objects = [layouts.read(path, object_names) for path in args.layout]
     asked = bool(prompts or args.labels is not None or maps or objects)
     given = dict(prompts=prompts or None, labels=classes or (None if args.labels is None else [args.labels]))
     fields = request.condition_fields(config)

@@ -67,6 +67,11 @@ class Vocabulary:
             row[: len(ids)] = ids
         return out
 
+    def too_long(self, captions: Sequence[str], max_length: int) -> list[str]:
+        """The captions of which `encode` cuts something off."""
+        encodings = self._tokenizer.encode_batch([str(caption) for caption in captions], add_special_tokens=False)
+        return [caption for caption, found in zip(captions, encodings, strict=True) if len(found.ids) > max_length - 2]
+
     def null(self, max_length: int) -> Int[np.ndarray, "1 max_length"]:
         """The empty caption, which stands for "no condition" in classifier-free guidance: int32 (1, max_length)."""
         return self.encode([""], max_length)

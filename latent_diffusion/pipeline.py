@@ -6,6 +6,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -305,6 +306,8 @@ class LatentDiffusion:
             if self.vocabulary is None:
                 raise UserError("this model takes text but came without its vocabulary (vocab.txt of its workdir)")
             length = options.text.max_length
+            for prompt in self.vocabulary.too_long(prompts or (), length):
+                logging.warning("prompt %r has more than %d tokens, the most of this model, and is cut", prompt, length)
             arrays["tokens"] = self.vocabulary.null(length) if prompts is None else (
                 self.vocabulary.encode(prompts, length))
         if "layout" in request.condition_fields(self.config):

@@ -122,3 +122,9 @@ def test_empty_prompts_are_refused():
     for prompts in ([], [""], ["red", "  "]):
         with pytest.raises(UserError, match="empty prompt"):
             conditions.check_prompts(prompts)
+
+
+def test_captions_that_are_too_long_are_named():
+    vocabulary = conditions.train_vocabulary(["red apple", "a b"], 100)
+    assert vocabulary.too_long(["red apple", "red red apple"], 4) == ["red red apple"]
+    assert vocabulary.too_long([], 4) == []

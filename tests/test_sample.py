@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latent_diffusion import checkpoint, defaults, images, pipeline
+from latent_diffusion import checkpoint, conditions, defaults, images, pipeline
 from latent_diffusion import config as config_lib
 from tests import tiny_models
 
@@ -29,10 +29,19 @@ def workdirs(tmp_path_factory):
     for kind in ("none", "class", "both"):
         (root / kind).mkdir()
         tiny_models.save(tiny_models.model(kind), root / kind)
-    for name, config in (("stage1", defaults.autoencoder()), ("untrained", tiny_models.config("none")),
-                         ("text", tiny_models.config("text"))):
+    (root / "inpainting").mkdir()
+    tiny_models.save(tiny_models.model("inpainting"), root / "inpainting")
+    kinds = {kind: tiny_models.config(kind) for kind in ("text", "layout", "segmentation", "low_res")}
+    for name, config in {"stage1": defaults.autoencoder(), "untrained": tiny_models.config("none"), **kinds}.items():
         (root / name).mkdir()
         (root / name / "config.json").write_text(config_lib.to_json(config))
+    conditions.save_labels(root / "layout" / "objects.txt", tiny_models.LABELS)
+    Image.new("L", (16, 16), 9).save(root / "nines.png")
+    Image.new("RGB", (16, 16)).save(root / "black.png")
+    Image.new("L", (8, 8), 255).save(root / "white8.png")
+    Image.new("RGB", (7, 8)).save(root / "odd.png")
+    (root / "boxes.json").write_text('[{"label": "flag", "box": [0.1, 0.1, 0.5, 0.5]}]')
+    (root / "outside.json").write_text('[{"label": "flags", "box": [0.1, 0.1, 1.5, 0.5]}]')
     return root
 
 
@@ -116,6 +125,23 @@ MISTAKES = [
     ("none", ["--seed", "-1"], "seed=-1 must lie between 0 and"),
     ("none", ["--step", "5"], "no checkpoint of step 5; there are 7"),
     ("none", ["--bogus"], "unrecognized arguments: --bogus"),
+    ("class", ["--layout", "{root}/boxes.json"], "takes no layouts"),
+    ("layout", ["--layout", "nowhere.json"], "layout nowhere.json does not exist"),
+    ("layout", ["--layout", "{root}/boxes.json"], "object 0: unknown label 'flag', perhaps 'flags'?"),
+    ("layout", ["--layout", "{root}/outside.json"], "object 0: box [0.1, 0.1, 1.5, 0.5] must have 0 <= left"),
+    ("layout", ["--layout", "{root}/nines.png"], "nines.png is not UTF-8"),
+    ("segmentation", [], "this model needs segmentation"),
+    ("segmentation", ["--segmentation", "{root}/nines.png"], "has the class numbers 9, but this model has 0 to 4"),
+    ("segmentation", ["--segmentation", "{root}/black.png"], "must be a grey or palette image"),
+    ("low_res", ["--low_res", "nowhere.png"], "--low_res nowhere.png does not exist"),
+    ("low_res", ["--low_res", "{root}/boxes.json"], "boxes.json is no image that can be read"),
+    ("low_res", ["--low_res", "{root}/odd.png"], "size (2 x low_res)=16,14: height and width must be multiples of 4"),
+    ("low_res", ["--low_res", "{root}/odd.png", "--low_res", "{root}/black.png"], "must have the same size"),
+    ("inpainting", ["--image", "{root}/black.png"], "needs image and mask; mask is missing"),
+    ("inpainting", ["--image", "{root}/black.png", "--mask", "{root}/white8.png"], "8x8 pixels, the picture 16x16"),
+    ("none", ["--tile", "6"], "tile=6,6: height and width must be multiples of 4"),
+    ("none", ["--overlap", "4"], "give tile as well"),
+    ("none", ["--tile", "8", "--overlap", "8"], "overlap=8 must be a multiple of 2, 0 or above and below tile=8"),
     ("nowhere", [], "does not exist"),
     ("stage1", [], "holds an autoencoder (stage 1); give the workdir of a stage-2 run"),
     ("untrained", [], "holds no complete checkpoint"),
@@ -126,6 +152,7 @@ MISTAKES = [
 @pytest.mark.parametrize("kind, arguments, message", MISTAKES)
 def test_mistakes_are_one_line(workdirs, tmp_path, capsys, monkeypatch, kind, arguments, message):
     monkeypatch.setattr(pipeline, "_compiled", None)  # nothing is compiled before a mistake is found
+    arguments = [argument.replace("{root}", str(workdirs)) for argument in arguments]
     try:
         code = sample.main(["--workdir", str(workdirs / kind), "--output", str(tmp_path / "out"), *arguments])
     except SystemExit as caught:
@@ -133,6 +160,29 @@ def test_mistakes_are_one_line(workdirs, tmp_path, capsys, monkeypatch, kind, ar
     said = capsys.readouterr()
     assert code == 2 and said.out == ""
     assert message in said.err and said.err.startswith("sample.py: error: ") and said.err.count("\n") == 1
+
+
+def test_inpainting_from_files(workdirs, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    picture, mask = rng.integers(0, 256, (24, 16, 3), np.uint8), (rng.random((24, 16)) < 0.5)
+    images.save_png(tmp_path / "picture.png", picture)
+    images.save_png(tmp_path / "mask.png", mask[..., None].astype(np.uint8) * 255)
+    assert sample.main(["--workdir", str(workdirs / "inpainting"), "--image", str(tmp_path / "picture.png"), "--mask",
+                        str(tmp_path / "mask.png"), "--num_samples", "2", "--output", str(tmp_path / "out")]) == 0
+    for name in ("000000.png", "000001.png"):
+        drawn = np.asarray(Image.open(tmp_path / "out" / name))
+        np.testing.assert_array_equal(drawn[~mask], picture[~mask])
+    grid = Image.open(tmp_path / "out" / "samples.png")
+    assert grid.width > 2 * 2 * 16  # two samples, each beside its condition
+    assert "2 pictures" in (said := capsys.readouterr().out) and "peak memory" in said
+
+
+def test_tiles_of_the_whole_picture_change_nothing(workdirs, tmp_path):
+    model = pipeline.LatentDiffusion.from_workdir(workdirs / "none")
+    whole, one = model.sample(num_samples=1), model.sample(num_samples=1, tile=16)
+    np.testing.assert_array_equal(one.images, whole.images)
+    many = model.sample(num_samples=1, size=(32, 24), tile=16, overlap=8)
+    assert many.images.shape == (1, 32, 24, 3) and np.isfinite(many.latents).all()
 
 
 def test_output_with_other_files_is_refused(workdirs, tmp_path, capsys):
