@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from latent_diffusion import layouts
-from latent_diffusion.data import loader, sources, tasks, transforms
+from latent_diffusion.data import loader, records, sources, tasks, transforms
 from latent_diffusion.data.emoji import EmojiScenes
 from latent_diffusion.errors import UserError
 
@@ -390,15 +390,15 @@ def test_maps_are_not_held_out(make_config, tmp_path):
 def test_objects_as_tfds_calls_them():
     # (top, left, bottom, right)
     record = {"bbox": np.array([[0.1, 0.2, 0.5, 0.9], [0, 0, 1, 0.25]], np.float32), "label": np.array([7, 2])}
-    objects = sources._objects_of(record)
+    objects = records.objects_of(record)
     np.testing.assert_allclose(objects.boxes, [[0.2, 0.1, 0.7, 0.4], [0, 0, 0.25, 1]], atol=1e-6)
     assert objects.labels.tolist() == [7, 2] and not objects.flags.any()
-    coco = sources._objects_of({**record, "is_crowd": np.array([False, True])})
+    coco = records.objects_of({**record, "is_crowd": np.array([False, True])})
     assert coco.flags.tolist() == [[False] * 4, [True, False, False, False]]
     open_images = {"is_group_of": [1, 0], "is_occluded": [-1, 1], "is_depiction": [0, 1], "is_inside": [1, -1]}
-    flags = sources._objects_of({**record, **{key: np.array(value) for key, value in open_images.items()}}).flags
+    flags = records.objects_of({**record, **{key: np.array(value) for key, value in open_images.items()}}).flags
     assert flags.tolist() == [[True, False, False, True], [False, True, True, False]]
-    assert len(sources._objects_of({"bbox": np.zeros((0, 4), np.float32), "label": np.zeros(0, int)})) == 0
+    assert len(records.objects_of({"bbox": np.zeros((0, 4), np.float32), "label": np.zeros(0, int)})) == 0
 
 
 def test_objects_of_a_set_by_name(make_config):

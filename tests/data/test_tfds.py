@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from latent_diffusion.data import loader, sources
+from latent_diffusion.data import loader, records, sources
 from latent_diffusion.errors import UserError
 
 
@@ -51,8 +51,8 @@ def test_splits_and_keys_are_the_configs(emoji_dir, make_config):
 
 def test_several_captions_and_missing_ones():
     record = {"captions": {"text": np.array([b"one", "zw\u00f6lf".encode()], object)}, "caption": "three"}
-    assert sources._captions_of(record, ("captions", "text")) == ("one", "zw\u00f6lf")
-    assert sources._captions_of(record, ("caption",)) == "three"
+    assert records.captions_of(record, ("captions", "text")) == ("one", "zw\u00f6lf")
+    assert records.captions_of(record, ("caption",)) == "three"
 
 
 def _error(config):
