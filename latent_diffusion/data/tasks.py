@@ -12,6 +12,7 @@ import numpy as np
 
 from latent_diffusion import layouts
 from latent_diffusion.data import degradations, masks, transforms
+from latent_diffusion.errors import UserError
 
 FIELDS = ("low_res", "mask", "segmentation", "layout")
 EVALUATION = 0x5EED  # with the example's position, the seed of what is random in evaluation
@@ -43,6 +44,10 @@ class Task:
             found["mask"] = masks.random_mask(image.shape[0], self.options["inpainting"]["masks"], rng)
         if "segmentation" in self.fields:
             found["segmentation"] = self.transform.apply_to_map(source["segmentation"], view)
+            largest, classes = int(found["segmentation"].max()), self.options["segmentation"]["num_classes"]
+            if classes and largest >= classes:
+                raise UserError(f"the map of picture {source['name']} has class {largest}, but "
+                                f"conditioning.segmentation.num_classes={classes}")
         if "layout" in self.fields:
             crop = view.crop(*source["image"].shape[:2])
             found["layout"] = layouts.to_tokens(

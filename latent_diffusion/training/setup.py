@@ -94,6 +94,12 @@ def complete_conditioning(config: Any, workdir: epath.Path, source: Any) -> cond
                                 ("layout", options.layout, source.object_names)):
         if name in (options.concat, options.crossattn):
             things.num_classes = things.num_classes or len(names)
+    if options.crossattn == "layout":
+        if options.layout.num_classes < len(source.object_names):
+            raise UserError(f"conditioning.layout.num_classes={options.layout.num_classes} but the data has "
+                            f"{len(source.object_names)}")
+        if mistakes := layouts.check_options(options.layout):
+            raise UserError("; ".join(mistakes))
     if options.label or options.crossattn == "class":
         if not source.label_names:
             raise UserError(f"conditioning needs labels, but data.source={config.data.source} has none; use class "

@@ -440,3 +440,10 @@ def test_other_objects_do_not_matter(make_config, name):
     with tfds.testing.mock_data(num_examples=4):
         source = sources.open_source(_config(make_config, source="tfds", name=name), "train")
         assert source.object_names == () and source.source[0]["image"].ndim == 3
+
+
+def test_a_class_that_the_model_does_not_have_is_named(make_config):
+    config = make_config(image_size=16)
+    config.conditioning.segmentation.num_classes = 2
+    with pytest.raises(UserError, match="has class [2-4], but conditioning.segmentation.num_classes=2"):
+        next(loader.batches(config, "eval", fields=("segmentation",)))
