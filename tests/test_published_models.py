@@ -98,6 +98,7 @@ def test_released_first_stage(name):
     assert count(shapes) == FIRST_STAGES[name]
 
 
+@pytest.mark.slow  # rounded counts of networks much like those above
 @pytest.mark.parametrize("family,variant", [(family, variant) for family in SWEEPS for variant in SWEEPS[family]])
 def test_sweep_over_f_of_the_paper(family, variant):
     config = complete(load(f"{family}:{variant}"),

@@ -88,7 +88,7 @@ def test_condition_matters_and_trains_its_encoder(kind):
         assert np.abs(gradient).max() > 1e-6, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["layout", "inpainting", "hybrid"])
 def test_one_device_equals_two(kind):
     one, two = (loss_and_gradients(kind, batch(kind), devices) for devices in (1, 2))
     for (path, x), y in zip(jax.tree.leaves_with_path(one), jax.tree.leaves(two), strict=True):
