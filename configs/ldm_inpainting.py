@@ -8,7 +8,8 @@ be painted, and by the mask.
 Variants: big (the released inpainting_big: 387,245,827 parameters; the paper: Places, FID 2.40 / LPIPS 0.142 without
 finetuning at 512 pixels), ldm4 (215M, Table 6: batch 128, 360k steps on Places at 256 pixels; that table's rows "KL,
 with attention", "VQ, with" and "without attention" differ in the first stage), ldm1 (the same in pixels). big and ldm4
-take a VQ-f4 first stage, big the one without attention; nothing has been reproduced here yet.
+take a VQ-f4 first stage, big the one without attention; nothing has been reproduced here yet. The rate is that of the
+released config at its peak, 1e-7 x batch, but decays over all steps instead of the first 50,000.
 Modifiers: emoji (built-in pictures, minutes on a CPU), small (64-pixel pictures of your own), smoke (seconds).
 Arguments: size=PIXELS, folder=DIR.
 """
@@ -24,7 +25,7 @@ def _variant(batch_size: int, num_steps: int, **model: object) -> dict:
         conditioning=dict(concat="inpainting"),
         first_stage=dict(scale_factor=1.0),
         diffusion=dict(linear_start=0.0015, linear_end=0.0205, loss="l1"),
-        optimizer=dict(learning_rate=1e-6),
+        optimizer=dict(learning_rate=1e-7, warmup_steps=1000, schedule="cosine", final_factor=1e-3),
         training=dict(batch_size=batch_size, num_steps=num_steps), sampling=dict(steps=50, eta=0.0),
     )
 

@@ -4,8 +4,9 @@
     python sample.py --workdir DIR --layout boxes.json
 
 Variants: openimages (LDM-4 on VQ-f4, 246,277,379 parameters and 54,656,000 in the encoder of the layout; the paper:
-batch 24, 4.4M steps, FID 32.02 on 2048 pictures), coco (batch 48, 170k steps, FID 40.91 when it starts from
-openimages). Not reproduced here yet. The paper's OpenImages set keeps the 300 commonest classes and is not published;
+batch 24, 4.4M steps, FID 32.02 on 2048 pictures), coco (the same network with Table 15's batch 48, 170k steps and
+dropout 0.1; the paper: 42.06 for an LDM-8, 40.91 for an LDM-4 that starts from openimages). Not reproduced here yet.
+The paper's OpenImages set keeps the 300 commonest classes and is not published;
 with all 601 of TFDS's the flags of objects do not fit into 8192 tokens, so openimages goes without.
 Modifiers: emoji (built-in scenes, minutes on a CPU; train its autoencoder with configs/autoencoder_kl.py:emoji
 --config.data.source=emoji_scenes), small (64-pixel pictures of your own), smoke (seconds).
@@ -34,9 +35,9 @@ def _variant(
 
 VARIANTS = {
     "openimages": _variant("open_images_v4/300k", "bobjects", 24, 4_400_000, 3, 0.0, False),
-    "coco": _variant("coco/2017", "objects", 48, 170_000, 2, 0.1, True),
+    "coco": _variant("coco/2017", "objects", 48, 170_000, 3, 0.1, True),
 }
-_FEW = dict(max_objects=4, crop=False, flags=False, vocab_size=256, max_length=12, layers=2, heads=4, head_dim=32)
+_FEW = dict(max_objects=4, crop=False, flags=False, vocab_size=257, max_length=12, layers=2, heads=4, head_dim=32)
 EMOJI = defaults.merged(defaults.EMOJI, dict(
     data=dict(source="emoji_scenes", objects_key="objects"),
     model=dict(attention_resolutions=(2, 4), transformer_depth=1, context_dim=128, dropout=0.0),

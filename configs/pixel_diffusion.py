@@ -17,10 +17,10 @@ _PIXELS = dict(first_stage=dict(scale_factor=1.0, model=dict(kind="identity")),
                model=dict(image_size=0, in_channels=0, out_channels=0, num_res_blocks=2, num_heads=-1))
 VARIANTS = {
     "adm256": defaults.merged(_PIXELS, dict(
-        data=dict(name="imagenet2012", crop="random", flip=True),
+        data=dict(name="imagenet2012", flip=True),
         model=dict(model_channels=256, attention_resolutions=(32, 16, 8), channel_mult=(1, 1, 2, 2, 4, 4),
                    num_head_channels=64, use_scale_shift_norm=True, resblock_updown=True),
-        conditioning=dict(label=True),
+        conditioning=dict(label=True, dropout=0.0),
         diffusion=dict(beta_schedule="sqrt_linear", linear_start=0.0001, linear_end=0.02),
         optimizer=dict(learning_rate=1e-4, scale_lr=False, weight_decay=0.0),
         training=dict(batch_size=256, num_steps=1_980_000), sampling=dict(sampler="ddpm", steps=250),

@@ -1,4 +1,4 @@
-"""The grammar of config names, config files, and validation. A leaf module: of ours it imports the errors only.
+"""The grammar of config names, config files, and validation. A leaf module.
 
 Every file in ``configs/`` has the same sections (`latent_diffusion.defaults`) and the same grammar:
 
@@ -167,7 +167,8 @@ STAGE_CHOICES = {
 POSITIVE = (
     "data.image_size", "training.batch_size", "training.num_steps", "training.accumulate", "training.log_every",
     "optimizer.learning_rate", "checkpoint.every", "checkpoint.keep", "evaluation.num_images", "sampling.steps",
-    "data.threads",
+    "data.threads", "conditioning.low_res.factor", "conditioning.segmentation.channels",
+    "conditioning.layout.max_objects", "conditioning.layout.heads", "conditioning.text.heads",
 )
 
 
@@ -182,7 +183,10 @@ def _value_mistakes(config: ConfigDict, flat: dict[str, Any]) -> list[str]:
         for key, choices in {**CHOICES, **choose(STAGE_CHOICES, config.stage, "stage")}.items()
         if flat[key] not in choices
     ]
-    mistakes += [f"{key}={flat[key]!r} must be above 0" for key in POSITIVE if not flat[key] > 0]
+    mistakes += [f"{key}={flat[key]!r} must be above 0" for key in POSITIVE if key in flat and not flat[key] > 0]
+    if config.stage == "autoencoder" and config.model.kind == "identity":
+        return ["model.kind='identity' has nothing to train: leave stage 1 out and set first_stage.model.kind=identity "
+                "in stage 2"]
     mistakes += [f"{key}={flat[key]!r} must be 0 or above" for key in NOT_NEGATIVE if not flat[key] >= 0]
     mistakes += [f"{key}={flat[key]!r} must lie in [0, 1)" for key in (
         "ema.decay", "data.holdout", "conditioning.dropout", "conditioning.text_dropout", "conditioning.label_dropout",

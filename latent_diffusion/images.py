@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Int, Num, UInt8
+from jaxtyping import Bool, Float, Int, Num, UInt8
 from PIL import Image, ImageColor, ImageDraw, ImageFont, PngImagePlugin
 
 TEXT_SIZE = 13  # pixels
@@ -90,12 +90,17 @@ def condition(
     if "low_res" in row:
         return enlarge(row["low_res"], shape[:2], smooth=False)
     if "mask" in row:
-        mask = row["mask"].reshape(*shape[:2], 1)
-        return fill(row["image"], mask > (127 if mask.dtype == np.uint8 and mask.max() > 1 else 0.5))
+        return fill(row["image"], is_white(row["mask"].reshape(*shape[:2], 1)))
     if "segmentation" in row:
         return color_map(row["segmentation"], shape[2])
     objects = row["layouts"]
     return draw_boxes(objects.boxes, [object_names[i] for i in objects.labels], shape)
+
+
+def is_white(mask: Num[np.ndarray, "..."] | Bool[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """A mask as a user gives it - True, 1, or a picture's white - as float32: 1 = to be painted, 0 = known."""
+    picture = mask.dtype == np.uint8 and mask.max(initial=0) > 1
+    return (mask > (127 if picture else 0.5)).astype(np.float32)
 
 
 # --- grids -----------------------------------------------------------------------------------------------------------

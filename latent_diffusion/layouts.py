@@ -37,7 +37,7 @@ class Objects:
 
 
 def check_options(options: Any) -> list[str]:
-    """The mistakes in a ``conditioning.layout`` section, () if there are none."""
+    """The mistakes in a ``conditioning.layout`` section, [] if there are none."""
     length = FORMS.get(options.form, 0) * options.max_objects + 2 * bool(options.crop)
     classes = options.num_classes * (2 ** len(FLAGS) if options.flags else 1)
     mistakes = []
@@ -46,6 +46,9 @@ def check_options(options: Any) -> list[str]:
     elif options.max_length != length:
         mistakes.append(f"conditioning.layout.max_length={options.max_length} must be {length}, the tokens of "
                         f"{options.max_objects} objects" + (" and of the crop" if options.crop else ""))
+    if math.isqrt(options.vocab_size) ** 2 >= options.vocab_size:
+        mistakes.append(f"conditioning.layout.vocab_size={options.vocab_size} is a square, so that its last place "
+                        f"would be \"none\"; take {options.vocab_size + 1}")
     if classes >= options.vocab_size:
         mistakes.append(f"conditioning.layout.vocab_size={options.vocab_size} must be above {classes}, the number of "
                         f"object classes" + (" times 16 for their flags (flags=False does without)" if options.flags

@@ -160,6 +160,11 @@ class Samples:
     latents: Float[np.ndarray, "n h2 w2 d"]
 
 
+def _joined(batches: Iterator[Samples]) -> Samples:
+    parts = list(batches)
+    return Samples(np.concatenate([part.images for part in parts]), np.concatenate([part.latents for part in parts]))
+
+
 @dataclasses.dataclass(frozen=True)
 class LatentDiffusion:
     """A latent diffusion model. Instances with equal networks share compiled programs, whatever their weights.
@@ -231,8 +236,9 @@ class LatentDiffusion:
     ) -> Samples:
         """Draws pictures. The same seed gives the same pictures for any `batch_size` and number of devices.
 
-        What is not given comes from ``config.sampling``. Only `steps`, `sampler`, `size` and `batch_size` compile
-        anew when changed. A condition that the model takes and that is not given is its null condition.
+        What is not given comes from ``config.sampling``. Only `steps`, `sampler`, `size`, `tile`, `overlap` and
+        `batch_size` compile anew when changed, and guidance where there was none. A condition that the model takes and
+        that is not given is its null condition.
 
         Args:
           prompts: texts, of a text model.
@@ -255,11 +261,10 @@ class LatentDiffusion:
         Raises:
           UserError: see the functions of `request`; also, latents that are not finite.
         """
-        batches = list(self.sample_batches(
+        return _joined(self.sample_batches(
             prompts, labels, layouts=layouts, segmentation=segmentation, low_res=low_res, image=image, mask=mask,
             num_samples=num_samples, batch_size=batch_size, steps=steps, guidance_scale=guidance_scale, sampler=sampler,
             eta=eta, seed=seed, size=size, tile=tile, overlap=overlap))
-        return Samples(np.concatenate([b.images for b in batches]), np.concatenate([b.latents for b in batches]))
 
     def sample_batches(
         self,
@@ -287,13 +292,21 @@ class LatentDiffusion:
             raise UserError(f"num_samples={number} must be 1 or more")
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be 1 or more")
-        conditions = self.conditions(prompts, labels, number, layouts)
-        conditions |= {name: rows[np.arange(number) % len(rows)] for name, rows in maps.items()}
+        conditions = self.conditions(prompts, labels, number, layouts) | maps
         if prompts is None and labels is None and layouts is None:  # nothing to be guided to
             asked = dataclasses.replace(asked, guided=False)
-        devices = jax.local_device_count()
-        size = min(number, BATCH_SIZE) if batch_size is None else batch_size
-        return self._draw_batches(asked, conditions, number, math.ceil(size / devices) * devices)
+        return self._draw_batches(asked, conditions, number, batch_size)
+
+    def sample_arrays(self, conditions: Mapping[str, np.ndarray], *, seed: int = 0) -> Samples:
+        """`sample` with the settings of ``config.sampling``, for conditions as a batch of training holds them.
+
+        Args:
+          conditions: one row for each picture, of every field that `request.condition_fields` and `request.map_fields`
+            name: tokens, layout int32 (n, l); label int32 (n,); and what `request.resolve_maps` returns.
+        """
+        maps = {name: conditions[name] for name in request.map_fields(self.config)}
+        asked = request.resolve_settings(self.config, seed=seed, size=request.size_of_maps(self.config, maps))
+        return _joined(self._draw_batches(asked, conditions, len(next(iter(conditions.values()))), None))
 
     def conditions(
         self, prompts: Sequence[str] | None, labels: Sequence[int] | None, number: int,
@@ -319,8 +332,10 @@ class LatentDiffusion:
         return {name: rows[np.arange(number) % len(rows)] for name, rows in arrays.items()}
 
     def _draw_batches(
-        self, asked: request.Settings, conditions: Mapping[str, np.ndarray], number: int, batch_size: int
+        self, asked: request.Settings, conditions: Mapping[str, np.ndarray], number: int, batch_size: int | None
     ) -> Iterator[Samples]:
+        devices = jax.local_device_count()
+        batch_size = math.ceil((batch_size or min(number, BATCH_SIZE)) / devices) * devices
         run = _compiled(self._program(asked))
         shared = parallel.replicate({
             "params": dict(self.params), "null": self.conditions(None, None, 1), "key": jax.random.key(asked.seed),
@@ -329,7 +344,8 @@ class LatentDiffusion:
         for start in range(0, number, batch_size):
             index = np.arange(start, start + batch_size, dtype=np.int32)
             rows = np.minimum(index, number - 1)  # the last batch is filled up, what is too many dropped
-            batch = parallel.shard({"index": index} | {name: x[rows] for name, x in conditions.items()})
+            given = {name: x[rows % len(x)] for name, x in conditions.items()}
+            batch = parallel.shard({"index": index} | given)
             z_0, x = (part[: number - start] for part in parallel.gather(run(shared, batch)))
             finite = np.isfinite(z_0).all((1, 2, 3)) & np.isfinite(x).all((1, 2, 3))
             if not finite.all():
@@ -338,7 +354,7 @@ class LatentDiffusion:
                     f"before step {self.step}, or guidance_scale={asked.guidance_scale:g} is far too large")
             pictures = images.to_uint8(x)
             if "mask" in conditions:  # what is known stays as it is, to the last bit
-                mask, known = (conditions[name][start : start + len(x)] for name in ("mask", "image"))
+                mask, known = (given[name][: len(x)] for name in ("mask", "image"))
                 pictures = np.where(mask > 0.5, pictures, images.to_uint8(known))
             yield Samples(pictures, z_0)
 

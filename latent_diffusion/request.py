@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from latent_diffusion import conditions as conditions_lib
-from latent_diffusion import layouts
+from latent_diffusion import images, layouts
 from latent_diffusion.diffusion import samplers
 from latent_diffusion.errors import UserError, choose
 
@@ -186,7 +186,20 @@ def resolve_layouts(
         raise UserError("this model takes no layouts; sample it without")
     if given is None and takes and not _null_is_trained(config, "layout"):
         raise UserError("this model cannot do without a layout: it was trained without conditioning dropout")
-    return [given] if isinstance(given, layouts.Objects) else None if given is None else list(given)
+    if given is None:
+        return None
+    chosen = [given] if isinstance(given, layouts.Objects) else list(given)
+    options = config.conditioning.layout
+    for number, objects in enumerate(chosen):
+        boxes = np.asarray(objects.boxes)
+        if np.any(boxes < 0) or np.any(boxes[:, :2] + boxes[:, 2:] > 1 + 1e-6):
+            raise UserError(f"layout {number}: boxes are (left, top, width, height) in [0, 1]")
+        if np.any(objects.labels < 0) or np.any(objects.labels >= options.num_classes):
+            raise UserError(f"layout {number}: this model has the object classes 0 to {options.num_classes - 1}")
+        if len(objects) > options.max_objects:
+            logging.warning("layout %d has %d objects, of which this model takes the first %d", number, len(objects),
+                            options.max_objects)
+    return chosen
 
 
 def resolve_maps(config: Any, **given: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -212,13 +225,15 @@ def resolve_maps(config: Any, **given: np.ndarray | None) -> dict[str, np.ndarra
             raise UserError(f"this model needs {' and '.join(wanted)}; {name} is missing")
     arrays = {}
     for name, x in given.items():
-        x = np.asarray(x)
+        x, least = np.asarray(x), 3 if name in ("image", "low_res") else 2
+        if not (least <= x.ndim <= least + 1 + (name == "mask")) or not x.size:
+            raise UserError(f"{name} has the shape {x.shape}; it must be ({'h, w, c' if least == 3 else 'h, w'}), or "
+                            "one axis more")
         if name == "segmentation":
             arrays[name] = _check_classes(x.reshape(-1, *x.shape[-2:]).astype(np.int32), config)
         elif name == "mask":
-            x = x[..., 0] if x.shape[-1] == 1 else x
-            limit = 127 if x.dtype == np.uint8 and x.max(initial=0) > 1 else 0.5
-            arrays[name] = (x.reshape(-1, *x.shape[-2:], 1) > limit).astype(np.float32)
+            x = x[..., 0] if x.ndim == 4 else x
+            arrays[name] = np.stack([images.is_white(part)[..., None] for part in x.reshape(-1, *x.shape[-2:])])
         else:
             if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[-1] != config.data.channels:
                 raise UserError(f"{name} must be a picture of 8 bits with {config.data.channels} channels")

@@ -61,7 +61,8 @@ def _bsrgan(x: Picture, factor: int, strength: Strength, rng: np.random.Generato
     """Blurs, two downsamplings, noise and JPEG in random order (the second downsampling after the first), then JPEG."""
     height, width = (side // factor for side in x.shape[:2])
     if factor == 4 and rng.random() < HALVE_FIRST:
-        x, factor = _resize(x, x.shape[0] // 2, x.shape[1] // 2, rng), 2
+        half = (x.shape[0] // 2, x.shape[1] // 2)
+        x, factor = _resize(x, *half, rng) if rng.random() < 0.5 else _shrink_smoothly(x, *half), 2
     steps = [*["blur"] * strength.blurs, "shrink", "fit", "noise", "jpeg"]
     order = list(rng.permutation(len(steps)))
     first, second = order.index(steps.index("shrink")), order.index(steps.index("fit"))
@@ -86,6 +87,13 @@ def _resize(x: Picture, height: int, width: int, rng: np.random.Generator) -> Pi
     cv2 = _cv2()
     how = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA)[rng.integers(3)]
     return np.clip(cv2.resize(x, (width, height), interpolation=how), 0, 1).reshape(height, width, x.shape[2])
+
+
+def _shrink_smoothly(x: Picture, height: int, width: int) -> Picture:
+    """Bicubic with antialiasing."""
+    channels = [np.asarray(Image.fromarray(x[..., i]).resize((width, height), Image.Resampling.BICUBIC))
+                for i in range(x.shape[2])]
+    return np.clip(np.stack(channels, axis=-1), 0, 1)
 
 
 def _shrink(x: Picture, factor: int, strength: Strength, rng: np.random.Generator) -> Picture:

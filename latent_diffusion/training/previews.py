@@ -53,14 +53,13 @@ def draw(model: pipeline.LatentDiffusion, asked: Mapping[str, Any], held_out: Ma
     if not held_out:
         return Pictures(model.sample(**asked).images)
     options, original = model.config.conditioning, images.to_uint8(held_out["image"])
-    given: dict[str, Any] = {}
-    for name in request.map_fields(model.config):
-        given[name] = images.to_uint8(held_out[name]) if name in ("image", "low_res") else held_out[name]
+    maps = request.map_fields(model.config)
+    samples = model.sample_arrays(
+        {name: held_out[name] for name in (*request.condition_fields(model.config), *maps)}, seed=asked["seed"]).images
+    given: dict[str, Any] = {
+        name: images.to_uint8(held_out[name]) if name in ("image", "low_res") else held_out[name] for name in maps}
     if "layout" in held_out:
         given["layouts"] = [layouts.from_tokens(tokens, options.layout)[0] for tokens in held_out["layout"]]
-    words = {name: [rows[i % len(rows)] for i in range(len(original))] for name, rows in asked.items()
-             if name in ("prompts", "labels")}
-    samples = model.sample(**words, **given, seed=asked["seed"]).images
     shown = [images.condition(given, i, original.shape[1:], model.object_names) for i in range(len(original))]
     triples = np.concatenate([np.stack(shown), samples, original], axis=2)
     return Pictures(triples, scores(given, samples, original))

@@ -93,6 +93,10 @@ def complete_conditioning(config: Any, workdir: epath.Path, source: Any) -> cond
     for name, things, names in (("segmentation", options.segmentation, source.map_names),
                                 ("layout", options.layout, source.object_names)):
         if name in (options.concat, options.crossattn):
+            if not names:
+                kind = "semantic maps" if name == "segmentation" else "objects with boxes"
+                raise UserError(f"conditioning by {name} needs {kind}, but data.source={config.data.source} has none; "
+                                "see docs/data.md")
             things.num_classes = things.num_classes or len(names)
     if options.crossattn == "layout":
         if options.layout.num_classes < len(source.object_names):

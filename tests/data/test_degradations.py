@@ -202,11 +202,14 @@ def test_how_often_each_step_is_taken(cv2, monkeypatch, strength, blurs):
     count, sizes = 400, []
     monkeypatch.setattr(degradations, "_resize", lambda x, height, width, rng: sizes.append(height) or np.zeros(
         (height, width, 1), np.float32))
+    monkeypatch.setattr(degradations, "_shrink_smoothly", lambda x, height, width: sizes.append(-height) or x)
     for rng in _rngs(count):
         degradations._bsrgan(np.zeros((16, 16, 1), np.float32), 4, strength, rng)
     assert (taken["_blur"], taken["_add_noise"], taken["_shrink"]) == (blurs * count, count, count)
     assert abs(taken["_jpeg"] / count - 1.9) < 4 * math.sqrt(0.09 / count)
-    assert sizes.count(4) == count and abs(sizes.count(8) / count - 0.25) < 4 * math.sqrt(0.25 * 0.75 / count)
+    assert sizes.count(4) == count
+    for half in (8, -8):  # a quarter is halved first, half of those with antialiasing
+        assert abs(sizes.count(half) / count - 0.125) < 4 * math.sqrt(0.125 * 0.875 / count)
 
 
 # --- shrinking --------------------------------------------------------------------------------------------------------
