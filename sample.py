@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
 import argparse  # noqa: E402
 import concurrent.futures  # noqa: E402
+import logging  # noqa: E402
 import math  # noqa: E402
 import re  # noqa: E402
 import sys  # noqa: E402
@@ -329,6 +330,7 @@ def interruptible(function: Callable, *args: Any) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", force=True)
     try:
         return interruptible(run, args)
     except UserError as error:

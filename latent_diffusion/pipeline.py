@@ -285,6 +285,7 @@ class LatentDiffusion:
         maps = request.resolve_maps(self.config, segmentation=segmentation, low_res=low_res, image=image, mask=mask)
         asked = request.resolve_settings(self.config, size=request.size_of_maps(self.config, maps, size), **settings)
         prompts, labels = request.resolve_conditions(self.config, prompts, labels, self.label_names)
+        request.warn_of_untrained(self.config, prompts, labels)
         layouts = request.resolve_layouts(self.config, layouts)
         given = [x for x in (prompts, labels, layouts, *maps.values()) if x is not None]
         number = max(map(len, given), default=1) if num_samples is None else num_samples

@@ -156,16 +156,21 @@ def resolve_conditions(
         if name in fields and given is None and not _null_is_trained(config, name):
             kind = "prompts" if name == "tokens" else "labels"
             raise UserError(f"this model cannot do without {kind}: it was trained without conditioning dropout")
-    for name, given, other, option in (("tokens", prompts, labels, "text"), ("label", labels, prompts, "label")):
-        if name in fields and given is None and other is not None and not config.conditioning[f"{option}_dropout"]:
-            logging.warning("this model was never trained with %s alone (conditioning.%s_dropout=0): give both",
-                            "labels" if name == "tokens" else "prompts", option)
     if prompts and labels:
         number = max(len(prompts), len(labels))
         if {len(prompts), len(labels)} - {1, number}:
             raise UserError(f"{len(prompts)} prompts and {len(labels)} labels: give as many of both, or one of either")
         prompts, labels = ((x * number)[:number] for x in (prompts, labels))
     return prompts, labels
+
+
+def warn_of_untrained(config: Any, prompts: Sequence[str] | None, labels: Sequence[int] | None) -> None:
+    """Logs a warning where one of two conditions is given alone, which never happened in training."""
+    for name, given, other, option in (("tokens", prompts, labels, "text"), ("label", labels, prompts, "label")):
+        untrained = not config.conditioning[f"{option}_dropout"]
+        if name in condition_fields(config) and given is None and other is not None and untrained:
+            logging.warning("this model was never trained with %s alone (conditioning.%s_dropout=0); give both",
+                            "labels" if name == "tokens" else "prompts", option)
 
 
 def _label_numbers(label: str, names: Sequence[str]) -> list[int]:

@@ -301,3 +301,11 @@ def test_importing_pipeline_is_light():
     out = subprocess.run(
         [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
     assert out.stdout.strip() == b"[]"
+
+
+def test_conditions_that_were_never_alone_are_warned_of(caplog):
+    model = tiny_models.model("both", text_dropout=0.1)
+    model.sample_batches(labels=[1])
+    assert not caplog.records
+    model.sample_batches(["red apple"])
+    assert "never trained with prompts alone (conditioning.label_dropout=0)" in caplog.text
