@@ -124,7 +124,7 @@ def plan(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     """Everything that is going to be drawn, checked: prompts, labels, titles, number and label names."""
     names, object_names = request.read_names(args.workdir), request.read_names(args.workdir, "objects")
     prompts, titles, classes = read_prompts(args)
-    maps, objects = read_maps(args, config), None
+    (maps, size), objects = read_maps(args, config), None
     if args.layout:
         request.resolve_layouts(config, [])  # does the model take any?
         objects = [layouts.read(path, object_names) for path in args.layout]
@@ -149,12 +149,13 @@ def plan(args: argparse.Namespace, config: Any) -> dict[str, Any]:
             raise UserError(f"--{flag} {value} must be 1 or more")
     titles = titles if titles and len(titles) == conditions else [""] * max(1, conditions)
     given = maps | ({"layouts": objects} if objects else {})
-    return dict(prompts=prompts, labels=labels, titles=titles, number=number, names=names, given=given,
+    return dict(prompts=prompts, labels=labels, titles=titles, number=number, names=names, given=given, size=size,
                 object_names=object_names)
 
 
-def read_maps(args: argparse.Namespace, config: Any) -> dict[str, np.ndarray]:
-    """The pictures and maps of the flags, checked: arrays (n, H, W, ...) as `pipeline.sample` takes them."""
+def read_maps(args: argparse.Namespace, config: Any) -> tuple[dict[str, np.ndarray], tuple[int, int] | None]:
+    """The pictures and maps of the flags, checked, (n, H, W, ...) as `pipeline.sample` takes them; and the size of what
+    is drawn, that of the maps or else --size."""
     given = {}
     for name in ("segmentation", "low_res", "image", "mask"):
         pictures = [read_picture(path, name, config.data.channels) for path in getattr(args, name)]
@@ -164,8 +165,7 @@ def read_maps(args: argparse.Namespace, config: Any) -> dict[str, np.ndarray]:
             given[name] = np.stack(pictures)
     if {"image", "mask"} <= set(given) and len(given["mask"]) not in (1, len(given["image"])):
         raise UserError(f"{len(given['image'])} --image, {len(given['mask'])} --mask: give one mask, or one for each")
-    request.resolve_maps(config, **given)
-    return given
+    return given, request.size_of_maps(config, request.resolve_maps(config, **given), args.size)
 
 
 def read_picture(path: str, name: str, channels: int) -> np.ndarray:
@@ -218,9 +218,8 @@ def run(args: argparse.Namespace) -> int:
     config = request.read_config(args.workdir)
     override_sampling(config, args)
     wanted = plan(args, config)
-    maps = {name: x for name, x in wanted["given"].items() if name != "layouts"}
-    size = request.size_of_maps(config, request.resolve_maps(config, **maps), args.size)
-    settings = request.resolve_settings(config, seed=args.seed, size=size, tile=args.tile, overlap=args.overlap)
+    settings = request.resolve_settings(
+        config, seed=args.seed, size=wanted["size"], tile=args.tile, overlap=args.overlap)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(COMPILE_CACHE))
     parallel.initialize()

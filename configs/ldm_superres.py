@@ -40,5 +40,4 @@ ARGUMENTS = config_lib.data_arguments(stage="diffusion")
 def get_config(argument: str = ""):
     """The config that ``configs/ldm_superres.py:argument`` names."""
     return config_lib.resolve(argument, defaults.diffusion(), file="configs/ldm_superres.py",
-                              variants=VARIANTS, arguments=ARGUMENTS,
-                              modifiers=MODIFIERS)
+                              variants=VARIANTS, arguments=ARGUMENTS, modifiers=MODIFIERS)

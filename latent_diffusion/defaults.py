@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 def _data() -> dict:
     return dict(
-        source="tfds",            # tfds | folder | emoji (built in) | memory (a few drawn shapes, for smoke tests)
+        source="tfds",            # tfds | folder | emoji, emoji_scenes (built in) | memory (drawn, for smoke tests)
         name="",                  # source tfds: set name, with its config: "imagenet2012", "lsun/church"
         path="",                  # source folder: a folder of images
         data_dir="",              # where TFDS sets live; "" = TFDS's own default

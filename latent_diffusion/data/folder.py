@@ -92,7 +92,7 @@ def open_folder(path: epath.Path | None, split: str, *, holdout: float, on_corru
         raise UserError(f"data.holdout={holdout}: must be in [0, 1)")
     roots = _roots(path)
     tables = {root: {**_read_captions(path, root), **(_read_captions(root, root) if root != path else {})}
-              for root in roots.values()}
+              for root in set(roots.values())}
     every = [row for table in tables.values() for row in table.values()]  # classes are counted over both parts
     root, names, all_names = _choose(path, roots, split, holdout, {row["map"] for row in every})
     table = tables[root]
@@ -117,7 +117,8 @@ def _choose(
     path: epath.Path, roots: dict[str, epath.Path], split: str, holdout: float, maps: set[epath.Path | None]
 ) -> tuple[epath.Path, list[str], list[str]]:
     """Returns the folder that names are relative to, the names of the split, and those of both splits."""
-    found = {root: sorted(name for name in _images(root) if root / name not in maps) for root in roots.values()}
+    found = {root: sorted(name for name in _images(root) if root / name not in maps)
+             for root in set(roots.values())}
     root = roots[split]
     if root != path:
         names = found[root]

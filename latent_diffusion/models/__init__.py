@@ -1,6 +1,7 @@
 """Networks, built from a config by `build`. They know nothing of losses, schedules, data or devices."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,9 +64,8 @@ def _transformer(config: Any, options: Any) -> nn.Module:
 
 
 def _spatial_rescaler(config: Any) -> nn.Module:
-    options, levels = config.conditioning.segmentation, len(config.first_stage.model.ch_mult)
-    stages = 0 if config.first_stage.model.kind == "identity" else levels - 1
-    return SpatialRescaler(options.num_classes, stages, options.channels)
+    options, factor = config.conditioning.segmentation, build_first_stage(config.first_stage.model).factor
+    return SpatialRescaler(options.num_classes, int(math.log2(factor)), options.channels)
 
 
 CONDITIONERS: dict[str, Callable[[Any], nn.Module | None]] = {
