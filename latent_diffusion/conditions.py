@@ -6,17 +6,19 @@ import functools
 import heapq
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from etils import epath
 from jaxtyping import Int
 
+from latent_diffusion import clip_tokens
 from latent_diffusion.errors import UserError, read_text
 
 SEQUENCES = {"class": "label", "text": "tokens", "layout": "layout"}  # conditioning.crossattn -> what a batch calls it
 MAPS = {"none": (), "segmentation": ("segmentation",), "low_res": ("low_res",), "inpainting": ("image", "mask")}
+VOCABULARY = "vocab.txt"
 PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 SPECIAL_TOKENS = (PAD, UNK, CLS, SEP)
 
@@ -76,11 +78,14 @@ class Vocabulary:
         """The empty caption, which stands for "no condition" in classifier-free guidance: int32 (1, max_length)."""
         return self.encode([""], max_length)
 
-    def save(self, path: epath.PathLike) -> None:
+    def save(self, folder: epath.PathLike) -> None:
         """Writes vocab.txt: one entry a line, in order of the ids."""
-        path = epath.Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(self.tokens) + "\n")
+        folder = epath.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / VOCABULARY).write_text("\n".join(self.tokens) + "\n")
+
+
+Tokenizer = Vocabulary | clip_tokens.BytePairs
 
 
 def _bare_tokenizer(ids: dict[str, int]):
@@ -169,7 +174,8 @@ def _join(word: list[str], pair: tuple[str, str], joined: str) -> list[str]:
 
 
 def load_vocabulary(path: epath.PathLike) -> Vocabulary:
-    """Reads a vocab.txt that `Vocabulary.save` wrote. Raises UserError where there is none."""
+    """Reads a vocab.txt that `Vocabulary.save` wrote, or a BERT model's (bert-base-uncased: 30,522 entries); ids are
+    the line numbers. Raises UserError where there is none."""
     path = epath.Path(path)
     if not path.exists():
         raise UserError(f"no vocabulary at {path}")
@@ -177,9 +183,14 @@ def load_vocabulary(path: epath.PathLike) -> Vocabulary:
     return Vocabulary(tuple(line.rstrip("\r") for line in (lines[:-1] if lines[-1] == "" else lines)))
 
 
-def bert_vocabulary(path: epath.PathLike) -> Vocabulary:
-    """Reads the vocab.txt of a BERT model (bert-base-uncased: 30,522 entries); ids are the line numbers."""
-    return load_vocabulary(path)
+def saved_tokenizer(workdir: epath.PathLike, kind: str) -> Tokenizer | None:
+    """What ``save`` of a tokenizer wrote into a workdir, or None. kind: ``conditioning.text.kind``."""
+    file = epath.Path(workdir) / (clip_tokens.VOCABULARY if kind == "clip" else VOCABULARY)
+    return TOKENIZERS[kind](file) if file.exists() else None
+
+
+# Readers of the files that a text encoder comes with, by ``conditioning.text.kind``.
+TOKENIZERS: dict[str, Callable[[epath.PathLike], Tokenizer]] = {"bert": load_vocabulary, "clip": clip_tokens.load}
 
 
 def save_labels(path: epath.PathLike, names: Sequence[str]) -> None:

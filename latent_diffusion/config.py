@@ -21,6 +21,7 @@ from latent_diffusion.errors import UserError, choose
 FREELY_CHANGED = (  # keys that a resumed run may change: they alter neither the model nor the data
     "training.num_steps", "training.log_every", "training.image_every", "evaluation", "sampling", "checkpoint",
     "data.workers", "data.threads", "data.data_dir", "data.path", "first_stage.workdir", "first_stage.cache",
+    "conditioning.text.weights", "conditioning.text.vocab",
 )
 
 
@@ -157,6 +158,7 @@ STAGE_CHOICES = {
     "diffusion": {
         "conditioning.crossattn": ("none", "class", "text", "layout"),
         "conditioning.concat": ("none", "segmentation", "low_res", "inpainting"),
+        "conditioning.text.kind": ("bert", "clip"),
         "conditioning.low_res.degradation": ("bicubic", "bsrgan", "bsrgan_light"),
         "conditioning.inpainting.masks": ("narrow", "medium", "wide", "boxes", "mixed"),
         "diffusion.beta_schedule": ("linear", "cosine", "sqrt_linear", "sqrt"),
@@ -258,6 +260,10 @@ def _conditioning_mistakes(config: ConfigDict, latent_size: int) -> list[str]:
         if config.model.context_dim != options.width:
             mistakes.append(f"model.context_dim={config.model.context_dim} and conditioning.width={options.width} must "
                             "be equal")
+    if options.crossattn == "text" and options.text.kind == "clip" and (
+            options.text.heads * options.text.head_dim != options.width):
+        mistakes.append(f"conditioning.text: {options.text.heads} heads of {options.text.head_dim} channels, but CLIP "
+                        f"needs them to make up conditioning.width={options.width}")
     if options.crossattn == "layout":
         mistakes += layouts.check_options(options.layout)
     if options.concat == "low_res" and config.data.image_size != latent_size * options.low_res.factor:

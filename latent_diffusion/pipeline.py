@@ -5,148 +5,27 @@
 """
 
 import dataclasses
-import functools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Int, UInt8
 
-from latent_diffusion import checkpoint, images, models, parallel, request
+from latent_diffusion import checkpoint, images, models, parallel, programs, request
 from latent_diffusion import conditions as conditions_lib
 from latent_diffusion import layouts as layouts_lib
-from latent_diffusion.diffusion import guidance, samplers, tiles
 from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.errors import UserError
 from latent_diffusion.training import diffusion as stage2
+from latent_diffusion.training import text_encoder
 
 AnyArray = jax.Array | np.ndarray
 Layouts = layouts_lib.Objects | Sequence[layouts_lib.Objects] | None
 BATCH_SIZE = 16  # pictures that are drawn at once, where the caller does not say
-
-
-# --- compiled programs -----------------------------------------------------------------------------------------------
-
-
-class Conditioning(NamedTuple):
-    """The part of ``config.conditioning`` that the networks' inputs depend on, hashable."""
-
-    crossattn: str
-    label: bool
-    concat: str
-
-
-class Tile(NamedTuple):
-    """Patches in which big pictures are computed: side and overlap in latents, and how much larger pixels are."""
-
-    side: int
-    overlap: int
-    factor: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """All that a compiled sampler depends on; whatever else there is, weights above all, is an argument of it."""
-
-    models: models.Models
-    schedule: schedule_lib.NoiseSchedule
-    conditioning: Conditioning
-    parameterization: str
-    sampler: str
-    steps: int
-    guided: bool
-    latent_shape: tuple[int, int, int]
-    tile: Tile | None
-
-
-def draw(shared: Mapping[str, Any], batch: Mapping[str, Array], *, program: Program) -> tuple[Array, Array]:
-    """The whole sampler and the decoder, for one device's part of a batch.
-
-    Args:
-      shared: ``params``, ``null`` (the null conditions, one row), ``scale_factor``, ``key``, ``guidance_scale``,
-        ``eta``.
-      batch: ``index`` (b,), the numbers of the pictures, and the conditions of `training.diffusion.condition` and
-        `condition_map`.
-      program: static.
-
-    Returns:
-      Scaled latents (b, h, w, c) and images (b, H, W, C) as the decoder gives them, about [-1, 1].
-    """
-    params, index = shared["params"], batch["index"]
-    tau = functools.partial(stage2.condition, program.models, params, options=program.conditioning)
-    denoise = functools.partial(_predict, program.models, params, tile=program.tile)
-    spatial = _condition_map(params, batch, program)
-    inputs = tau(batch) | spatial
-    if program.guided:
-        denoise_fn = guidance.classifier_free(
-            denoise, inputs, tau(shared["null"]) | spatial, shared["guidance_scale"])
-    else:
-        denoise_fn = functools.partial(denoise, inputs=inputs)
-    z_0 = samplers.sample(
-        denoise_fn, program.schedule, shared["key"], (index.shape[0], *program.latent_shape), method=program.sampler,
-        steps=program.steps, eta=shared["eta"], parameterization=program.parameterization, indices=index)
-    decode = functools.partial(_decode, params, scale_factor=shared["scale_factor"], models=program.models)
-    return z_0, decode(z_0) if program.tile is None else tiles.tiled(decode, z_0, *program.tile[:2])
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled(program: Program) -> Any:
-    return parallel.pmap_local(draw, program=program)
-
-
-def _predict(
-    networks: models.Models, params: Any, z_t: Array, t: Array, inputs: Mapping[str, Array], tile: Tile | None = None
-) -> Array:
-    def predict(joined: Array) -> Array:  # z_t and the map in its channels
-        z, spatial = joined[..., : z_t.shape[-1]], joined[..., z_t.shape[-1] :]
-        concat = {"concat": spatial} if "concat" in inputs else {}
-        return networks.unet.apply({"params": params["unet"]}, z, t, **{**inputs, **concat}).astype(jnp.float32)
-
-    joined = jnp.concatenate([z_t, inputs["concat"]], axis=-1) if "concat" in inputs else z_t
-    return predict(joined) if tile is None else tiles.tiled(predict, joined, *tile[:2])
-
-
-def _condition_map(params: Any, batch: Mapping[str, Array], program: Program) -> dict[str, Array]:
-    """`training.diffusion.condition_map`, in pieces where there are tiles and the first stage encodes."""
-    options, tile = program.conditioning, program.tile
-    if tile is None or options.concat != "inpainting":
-        return stage2.condition_map(program.models, params, params["first_stage"], batch, options)
-
-    def encode(joined: Array) -> Array:
-        pieces = {"image": joined[..., :-1], "mask": joined[..., -1:]}
-        return stage2.condition_map(program.models, params, params["first_stage"], pieces, options)["concat"]
-
-    joined = jnp.concatenate([batch["image"], batch["mask"]], axis=-1)
-    return {"concat": tiles.tiled(encode, joined, tile.side * tile.factor, tile.overlap * tile.factor)}
-
-
-def _decode(params: Any, z: Array, scale_factor: Array, *, models: models.Models) -> Array:
-    decoded = models.first_stage.apply({"params": params["first_stage"]}, z / scale_factor, method="decode")
-    return decoded.astype(jnp.float32)
-
-
-def _encode(params: Any, x: Array, scale_factor: Array, *, models: models.Models) -> Array:
-    mean, _ = stage2.posterior(models, params["first_stage"], x)
-    return scale_factor * mean
-
-
-def _denoise(
-    params: Any, z_t: Array, t: Array, conditions: Mapping[str, Array], *, models: models.Models, options: Conditioning
-) -> Array:
-    t = jnp.broadcast_to(t, z_t.shape[:1])
-    inputs = stage2.condition(models, params, conditions, options) | stage2.condition_map(
-        models, params, params["first_stage"], conditions, options)
-    return _predict(models, params, z_t, t, inputs)
-
-
-_jit_decode = jax.jit(_decode, static_argnames="models")
-_jit_encode = jax.jit(_encode, static_argnames="models")
-_jit_denoise = jax.jit(_denoise, static_argnames=("models", "options"))
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -180,7 +59,7 @@ class LatentDiffusion:
     schedule: schedule_lib.NoiseSchedule
     params: Mapping[str, Any]
     scale_factor: float
-    vocabulary: conditions_lib.Vocabulary | None = None
+    vocabulary: conditions_lib.Tokenizer | None = None
     label_names: tuple[str, ...] = ()
     object_names: tuple[str, ...] = ()
     map_names: tuple[str, ...] = ()
@@ -198,18 +77,20 @@ class LatentDiffusion:
           UserError: no such workdir, one of stage 1, or no (complete) checkpoint there.
         """
         config, path = request.read_config(path), request.absolute(path)
+        networks = models.build(config)
         trees, metadata, step = checkpoint.load(path, ("params", "ema"), step)
         params = stage2.sampling_params(trees["params"], trees["ema"])
         first_stage = {}
         if config.first_stage.model.kind != "identity":
             first_stage = checkpoint.load_frozen(path)[0]["autoencoder"]
         params = {name: params[name] for name in ("unet", "conditioner") if name in params}
+        params = stage2.with_frozen(params, {"conditioner": text_encoder.read(config, networks, path)})
         text = "tokens" in request.condition_fields(config)
         return cls(
-            config=config, models=models.build(config), schedule=schedule_lib.from_config(config.diffusion),
+            config=config, models=networks, schedule=schedule_lib.from_config(config.diffusion),
             params=parallel.replicate(params | {"first_stage": first_stage}),
             scale_factor=float(metadata["scale_factor"]),
-            vocabulary=conditions_lib.load_vocabulary(path / "vocab.txt") if text else None,
+            vocabulary=conditions_lib.saved_tokenizer(path, config.conditioning.text.kind) if text else None,
             label_names=request.read_names(path), object_names=request.read_names(path, "objects"),
             map_names=request.read_names(path, "map_classes"), step=step)
 
@@ -293,7 +174,7 @@ class LatentDiffusion:
             raise UserError(f"num_samples={number} must be 1 or more")
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be 1 or more")
-        conditions = self.conditions(prompts, labels, number, layouts) | maps
+        conditions = self.conditions(prompts, labels, number, layouts, request.patches(self.config, asked)) | maps
         if prompts is None and labels is None and layouts is None:  # nothing to be guided to
             asked = dataclasses.replace(asked, guided=False)
         return self._draw_batches(asked, conditions, number, batch_size)
@@ -311,10 +192,12 @@ class LatentDiffusion:
 
     def conditions(
         self, prompts: Sequence[str] | None, labels: Sequence[int] | None, number: int,
-        layouts: Sequence[layouts_lib.Objects] | None = None,
+        layouts: Sequence[layouts_lib.Objects] | None = None, patches: Sequence[Sequence[float]] = (),
     ) -> dict[str, Int[np.ndarray, "n ..."]]:
         """Arrays for `number` pictures, ``tokens`` (n, l), ``layout`` (n, l) and/or ``label`` (n,), as the model takes
-        them: given ones repeated in turn, null ones where None."""
+        them: given ones repeated in turn, null ones where None. Of layouts with `patches` (left, top, width, height),
+        relative to the picture, there is one for each of these, (n, p, l): what a crop of the picture has in training.
+        """
         options, arrays = self.config.conditioning, {}
         if "tokens" in request.condition_fields(self.config):
             if self.vocabulary is None:
@@ -325,9 +208,12 @@ class LatentDiffusion:
             arrays["tokens"] = self.vocabulary.null(length) if prompts is None else (
                 self.vocabulary.encode(prompts, length))
         if "layout" in request.condition_fields(self.config):
-            arrays["layout"] = np.stack(
-                [layouts_lib.null_tokens(options.layout)] if layouts is None else
-                [layouts_lib.to_tokens(objects, options.layout) for objects in layouts])
+            if layouts is None:
+                arrays["layout"] = layouts_lib.null_tokens(options.layout)[None]
+            else:
+                rows = [[layouts_lib.to_tokens(objects, options.layout, crop=crop)
+                         for crop in patches or [layouts_lib.WHOLE]] for objects in layouts]
+                arrays["layout"] = np.array(rows if patches else [row[0] for row in rows])
         if "label" in request.condition_fields(self.config):
             arrays["label"] = np.asarray([options.num_classes] if labels is None else labels, np.int32)
         return {name: rows[np.arange(number) % len(rows)] for name, rows in arrays.items()}
@@ -337,7 +223,7 @@ class LatentDiffusion:
     ) -> Iterator[Samples]:
         devices = jax.local_device_count()
         batch_size = math.ceil((batch_size or min(number, BATCH_SIZE)) / devices) * devices
-        run = _compiled(self._program(asked))
+        run = programs.compiled(self._program(asked))
         shared = parallel.replicate({
             "params": dict(self.params), "null": self.conditions(None, None, 1), "key": jax.random.key(asked.seed),
             "scale_factor": np.float32(self.scale_factor), "guidance_scale": np.float32(asked.guidance_scale),
@@ -360,27 +246,27 @@ class LatentDiffusion:
             yield Samples(pictures, z_0)
 
     @property
-    def _conditioning(self) -> Conditioning:
+    def _conditioning(self) -> programs.Conditioning:
         options = self.config.conditioning
-        return Conditioning(options.crossattn, bool(options.label), options.concat)
+        return programs.Conditioning(options.crossattn, bool(options.label), options.concat)
 
-    def _program(self, asked: request.Settings) -> Program:
+    def _program(self, asked: request.Settings) -> programs.Program:
         first_stage = self.models.first_stage
         factor = first_stage.factor
         height, width = (side // factor for side in asked.size)
-        return Program(
+        return programs.Program(
             models=self.models, schedule=self.schedule, conditioning=self._conditioning,
             parameterization=self.config.diffusion.parameterization, sampler=asked.sampler, steps=asked.steps,
             guided=asked.guided, latent_shape=(height, width, first_stage.latent_channels),
-            tile=Tile(asked.tile // factor, asked.overlap // factor, factor) if asked.tile else None)
+            tile=programs.Tile(asked.tile // factor, asked.overlap // factor, factor) if asked.tile else None)
 
     def encode(self, x: Float[AnyArray, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         """Images in [-1, 1] -> scaled latents: the posterior's mode (training draws from it), before quantization."""
-        return _jit_encode(self.params, x, self.scale_factor, models=self.models)
+        return programs.encode(self.params, x, self.scale_factor, models=self.models)
 
     def decode(self, z: Float[AnyArray, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         """Scaled latents -> images, about [-1, 1], not clipped. A VQ first stage quantizes before it decodes."""
-        return _jit_decode(self.params, z, self.scale_factor, models=self.models)
+        return programs.decode(self.params, z, self.scale_factor, models=self.models)
 
     def denoise(
         self, z_t: Float[AnyArray, "b h w c"], t: int | Int[AnyArray, "*b"],
@@ -393,4 +279,4 @@ class LatentDiffusion:
         """
         if condition is None:
             condition = self.conditions(None, None, len(z_t))
-        return _jit_denoise(self.params, z_t, t, dict(condition), models=self.models, options=self._conditioning)
+        return programs.denoise(self.params, z_t, t, dict(condition), models=self.models, options=self._conditioning)

@@ -12,7 +12,7 @@ from etils import epath
 
 from latent_diffusion import conditions as conditions_lib
 from latent_diffusion import images, layouts
-from latent_diffusion.diffusion import samplers
+from latent_diffusion.diffusion import samplers, tiles
 from latent_diffusion.errors import UserError, choose
 
 Labels = int | str | Sequence[int | str] | np.ndarray
@@ -104,6 +104,17 @@ def _check_tile(config: Any, tile: int | None, overlap: int | None) -> tuple[int
     if overlap % factor or not 0 <= overlap < tile:
         raise UserError(f"overlap={overlap} must be a multiple of {factor}, 0 or above and below tile={tile}")
     return int(tile), int(overlap)
+
+
+def patches(config: Any, asked: Settings) -> list[tuple[float, ...]]:
+    """Where the patches of the UNet lie: (left, top, width, height) relative to the picture; [] if it is not tiled."""
+    if not asked.tile:
+        return []
+    factor, _ = _factors(config)
+    height, width = asked.size
+    places = factor * tiles.corners(*(n // factor for n in (height, width, asked.tile, asked.overlap)))
+    tall, wide = min(asked.tile, height), min(asked.tile, width)
+    return [(left / width, top / height, wide / width, tall / height) for top, left in places.tolist()]
 
 
 def condition_fields(config: Any) -> tuple[str, ...]:

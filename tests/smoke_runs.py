@@ -42,6 +42,16 @@ def unconditional_config(workdir, **sections):
         checkpoint=dict(every=2, keep=9)), sections)
 
 
+def task_config(name, workdir, **sections):
+    """Two steps of stage 2 of any task, with checkpoints after both."""
+    return _with(name, dict(
+        data=DATA, first_stage=dict(workdir=str(workdir)),
+        model=dict(channel_mult=(1,), attention_resolutions=(1,), dropout=0.1), diffusion=dict(timesteps=20),
+        optimizer=dict(learning_rate=1e-3, scale_lr=False, warmup_steps=0),
+        training=dict(num_steps=2, log_every=1), sampling=dict(steps=1), evaluation=dict(max_batches=1),
+        checkpoint=dict(every=1, keep=9)), sections)
+
+
 def _with(name, base, sections):
     config = tiny_runs.get_config(name, "smoke")
     with config.unlocked():

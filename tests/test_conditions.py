@@ -43,10 +43,11 @@ def test_words_of_special_tokens_in_a_caption_are_not_special(vocabulary):
 
 
 def test_saving_and_loading(vocabulary, tmp_path):
-    vocabulary.save(tmp_path / "new" / "vocab.txt")
+    vocabulary.save(tmp_path / "new")
     assert (tmp_path / "new" / "vocab.txt").read_text().splitlines() == list(WORDS)
     assert conditions.load_vocabulary(tmp_path / "new" / "vocab.txt") == vocabulary
-    assert conditions.bert_vocabulary(tmp_path / "new" / "vocab.txt").size == len(WORDS)
+    assert conditions.saved_tokenizer(tmp_path / "new", "bert") == vocabulary
+    assert conditions.saved_tokenizer(tmp_path, "bert") is None
     assert pickle.loads(pickle.dumps(vocabulary)) == vocabulary
     with pytest.raises(UserError, match="no vocabulary at"):
         conditions.load_vocabulary(tmp_path / "none.txt")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from latent_diffusion import config as config_lib
-from latent_diffusion import defaults, models, parallel, pipeline, request
+from latent_diffusion import defaults, models, parallel, pipeline, programs, request
 from latent_diffusion.diffusion import samplers
 from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.errors import UserError
@@ -156,7 +156,7 @@ np.savez({str(tmp_path / "there.npz")!r}, images=samples.images, latents=samples
 
 @pytest.fixture
 def traces(monkeypatch):
-    pipeline._compiled.cache_clear()
+    programs.compiled.cache_clear()
     calls, original = [], samplers.sample
     monkeypatch.setattr(samplers, "sample", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
     return calls
@@ -186,7 +186,7 @@ def test_weights_are_arguments_of_the_program(both):
     shared = {"params": both.params, "null": both.conditions(None, None, 1), "key": jax.random.key(0),
               "scale_factor": np.float32(1), "guidance_scale": np.float32(2), "eta": np.float32(0)}
     batch = {"index": np.arange(2, dtype=np.int32), **both.conditions(["red apple"], [1], 2)}
-    closed = jax.make_jaxpr(lambda s, b: pipeline.draw(s, b, program=program))(shared, batch)
+    closed = jax.make_jaxpr(lambda s, b: programs.draw(s, b, program=program))(shared, batch)
     assert sum(np.size(constant) for constant in closed.consts) < 1000
 
 

@@ -26,6 +26,7 @@ RELEASED = {  # config:variant -> first stage, UNet, conditioner (all but its he
     "ldm_class:cin256_v2": ("autoencoder_vq:f4", 400_920_579, 1001 * 512),
     "ldm_text:cc256": ("autoencoder_vq:f4", 403_623_939, 186_154_682 - CC_HEAD),
     "ldm_text:txt2img_1p4b": ("autoencoder_kl:f8", 872_300_484, 581_994_042 - BERT_HEAD),
+    "ldm_text:sd_v1": ("autoencoder_kl:f8", 859_520_964, 0),  # its text encoder is frozen, see below
     "ldm_layout:openimages": ("autoencoder_vq:f4", 246_277_379, 58_858_496 - LAYOUT_HEAD),
     "ldm_semantic:landscapes256": ("autoencoder_vq:f4", 215_229_315, 546),
     "ldm_semantic:landscapes512": ("autoencoder_vq:f4", 215_229_315, 546),
@@ -89,6 +90,12 @@ def test_released_model(name):
     config = complete(load(name), first_stage)
     config_lib.validate(config)
     assert counts(config) == (unet, conditioner)
+
+
+def test_clip_vit_l_14():
+    network = models.build(complete(load("ldm_text:sd_v1"), "autoencoder_kl:f8")).conditioner
+    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 77), jnp.int32))["params"]
+    assert count(shapes) == 123_060_480  # transformers' CLIPTextModel of openai/clip-vit-large-patch14
 
 
 @pytest.mark.parametrize("name", FIRST_STAGES)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latent_diffusion import checkpoint, conditions, defaults, images, pipeline
+from latent_diffusion import checkpoint, conditions, defaults, images, pipeline, programs
 from latent_diffusion import config as config_lib
 from tests import tiny_models
 
@@ -151,7 +151,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize("kind, arguments, message", MISTAKES)
 def test_mistakes_are_one_line(workdirs, tmp_path, capsys, monkeypatch, kind, arguments, message):
-    monkeypatch.setattr(pipeline, "_compiled", None)  # nothing is compiled before a mistake is found
+    monkeypatch.setattr(programs, "compiled", None)  # nothing is compiled before a mistake is found
     arguments = [argument.replace("{root}", str(workdirs)) for argument in arguments]
     try:
         code = sample.main(["--workdir", str(workdirs / kind), "--output", str(tmp_path / "out"), *arguments])

@@ -76,7 +76,7 @@ def save(ldm: LatentDiffusion, workdir, *, ema: dict | None = None) -> None:
     params = {name: tree for name, tree in ldm.params.items() if name != "first_stage"}
     (workdir / "config.json").write_text(config_lib.to_json(ldm.config))
     if ldm.vocabulary is not None:
-        ldm.vocabulary.save(workdir / "vocab.txt")
+        ldm.vocabulary.save(workdir)
     if ldm.label_names:
         conditions.save_labels(workdir / "labels.txt", ldm.label_names)
     if ldm.object_names:

@@ -6,7 +6,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from latent_diffusion.conditions import Vocabulary
+from latent_diffusion.conditions import Tokenizer
 from latent_diffusion.data import latents, sources, tasks, transforms
 from latent_diffusion.errors import UserError
 
@@ -20,7 +20,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     start_step: int = 0,
-    vocabulary: Vocabulary | None = None,
+    vocabulary: Tokenizer | None = None,
     fields: Sequence[str] = ("image",),
     source: sources.Source | None = None,
     batch_size: int | None = None,
@@ -79,7 +79,7 @@ def batches(
     return Batches(stream, start_step, threads=config.data.threads, workers=config.data.workers)
 
 
-def _check_fields(source: sources.Source, fields: Sequence[str], vocabulary: Vocabulary | None) -> None:
+def _check_fields(source: sources.Source, fields: Sequence[str], vocabulary: Tokenizer | None) -> None:
     if "label" in fields and not source.label_names:
         raise UserError(
             f"{source.where} has no labels: set data.label_key, or sort the images into one sub-folder for each class"
@@ -194,7 +194,7 @@ def _transformed(element: dict[str, Any], transform, view: transforms.View, task
 class _Collate(grain.transforms.Map):
     """List of examples -> dict of arrays with the wanted fields."""
 
-    def __init__(self, fields: tuple[str, ...], vocabulary: Vocabulary | None, max_length: int):
+    def __init__(self, fields: tuple[str, ...], vocabulary: Tokenizer | None, max_length: int):
         self._fields, self._vocabulary, self._max_length = fields, vocabulary, max_length
 
     def map(self, element: list[dict[str, Any]]) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 MIN_WEIGHT, MAX_WEIGHT = 0.01, 0.5  # of the distance from the patch's border, relative to its side
 
@@ -17,6 +17,12 @@ def starts(length: int, tile: int, overlap: int) -> list[int]:
     return [*range(0, length - tile, tile - overlap), max(0, length - tile)]
 
 
+def corners(height: int, width: int, tile: int, overlap: int) -> Int[np.ndarray, "p 2"]:
+    """Top and left of the patches of a picture, row by row. An axis shorter than `tile` is one patch."""
+    axes = [starts(length, min(tile, length), min(overlap, min(tile, length) - 1)) for length in (height, width)]
+    return np.array([(top, left) for top in axes[0] for left in axes[1]], np.int32)
+
+
 def weights(height: int, width: int) -> Float[np.ndarray, "h w"]:
     """How much each pixel of a patch counts: its distance from the nearest border relative to the side, clipped."""
     y, x = ((np.minimum(np.arange(n), np.arange(n)[::-1]) + 0.5) / n for n in (height, width))
@@ -24,37 +30,41 @@ def weights(height: int, width: int) -> Float[np.ndarray, "h w"]:
 
 
 def tiled(
-    function: Callable[[Float[Array, "b h w c"]], Float[Array, "b h2 w2 d"]],
+    function: Callable[..., Float[Array, "b h2 w2 d"]],
     x: Float[Array, "b h w c"],
     tile: int,
     overlap: int,
+    each: tuple[Array, ...] = (),
 ) -> Float[Array, "b h3 w3 d"]:
     """``function(x)``, computed on patches one after the other, so that only one needs memory.
 
     Args:
-      function: maps patches (b, tile, tile, c) to (b, k * tile, k * tile, d), where k may be 4 or 1/4, say.
+      function: maps patches (b, tile, tile, c), and what `each` adds, to (b, k * tile, k * tile, d), where k may be 4
+        or 1/4, say.
       x: of any height and width; an axis shorter than `tile` is one patch.
       tile, overlap: of patches of x, in pixels; overlap < tile. Where k < 1, all starts must be multiples of 1/k.
+      each: arrays (p, ...) with a row for each of the `corners`; `function` gets the row of its patch.
     """
     height, width = min(tile, x.shape[1]), min(tile, x.shape[2])
-    corners = np.array([(top, left) for top in starts(x.shape[1], height, min(overlap, height - 1))
-                        for left in starts(x.shape[2], width, min(overlap, width - 1))], np.int32)
-    if len(corners) == 1:
-        return function(x)
-    shape = jax.eval_shape(function, jax.ShapeDtypeStruct((x.shape[0], height, width, x.shape[3]), x.dtype))
+    places = corners(x.shape[1], x.shape[2], tile, overlap)
+    if len(places) == 1:
+        return function(x, *(rows[0] for rows in each))
+    shape = jax.eval_shape(function, jax.ShapeDtypeStruct((x.shape[0], height, width, x.shape[3]), x.dtype),
+                           *(jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype) for rows in each))
     weight = jnp.asarray(weights(*shape.shape[1:3]))[None, :, :, None]
 
     def scaled(length: Any, axis: int) -> Any:
         return length * shape.shape[axis] // (height, width)[axis - 1]
 
-    def add(total: tuple[Array, Array], corner: Array) -> tuple[tuple[Array, Array], None]:
+    def add(total: tuple[Array, Array], here: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
+        corner, *own = here
         patch = jax.lax.dynamic_slice(x, (0, corner[0], corner[1], 0), (x.shape[0], height, width, x.shape[3]))
         place = (0, scaled(corner[0], 1), scaled(corner[1], 2), 0)
         return tuple(
             jax.lax.dynamic_update_slice(whole, jax.lax.dynamic_slice(whole, place, part.shape) + part, place)
-            for whole, part in zip(total, (function(patch) * weight, weight), strict=True)), None
+            for whole, part in zip(total, (function(patch, *own) * weight, weight), strict=True)), None
 
     size = (scaled(x.shape[1], 1), scaled(x.shape[2], 2))
     empty = (jnp.zeros((x.shape[0], *size, shape.shape[3]), shape.dtype), jnp.zeros((1, *size, 1), jnp.float32))
-    (values, share), _ = jax.lax.scan(add, empty, corners)
+    (values, share), _ = jax.lax.scan(add, empty, (places, *each))
     return values / share

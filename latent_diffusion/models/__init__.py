@@ -9,6 +9,7 @@ import flax.linen as nn
 
 from latent_diffusion.errors import UserError, choose
 from latent_diffusion.models.autoencoder import AutoencoderIdentity, AutoencoderKL, AutoencoderVQ
+from latent_diffusion.models.clip import CLIPTextTransformer
 from latent_diffusion.models.conditioning import (
     ClassEmbedder,
     HybridConditioner,
@@ -59,8 +60,10 @@ def _class_embedder(config: Any) -> nn.Module:
 
 def _transformer(config: Any, options: Any) -> nn.Module:
     fields = {key: options[key] for key in ("vocab_size", "max_length", "layers", "heads", "head_dim")}
-    return TextTransformer(
-        width=config.conditioning.width, dtype=config.model.dtype, remat=config.model.remat, **fields)
+    fields |= dict(width=config.conditioning.width, dtype=config.model.dtype)
+    if options.get("kind") == "clip":
+        return CLIPTextTransformer(**fields)
+    return TextTransformer(remat=config.model.remat, **fields)
 
 
 def _spatial_rescaler(config: Any) -> nn.Module:

@@ -58,6 +58,23 @@ def drop_conditions(batch: dict, null: dict, key: Key[Array, ""], options: Any) 
     return dropped
 
 
+def has_frozen_text(options: Any) -> bool:
+    """Whether `options`, the config's ``conditioning``, have a text encoder that no step updates."""
+    return options.crossattn == "text" and options.text.kind == "clip"
+
+
+def sequence_conditioner(models: Any) -> Any:
+    """The part of the conditioner that makes a sequence for cross-attention."""
+    conditioner = models.conditioner
+    return conditioner.crossattn if isinstance(conditioner, HybridConditioner) else conditioner
+
+
+def with_frozen(params: Any, frozen: dict) -> dict:
+    """All parameters of tau_theta and the UNet: `params`, and the frozen part of the conditioner."""
+    conditioner = {**frozen.get("conditioner", {}), **params.get("conditioner", {})}
+    return {**params, "conditioner": conditioner} if conditioner else dict(params)
+
+
 def condition(models: Any, params: Any, conditions: dict, options: Any, **apply: Any) -> dict:
     """What the UNet receives for raw conditions without maps: ``context`` = tau_theta(y) and/or ``label``.
 
@@ -118,8 +135,9 @@ def loss_and_metrics(
     if train:
         conditions = drop_conditions(batch, frozen["null"], drop_key, config.conditioning)
         apply["rngs"] = {"dropout": jax.random.fold_in(dropout_key, index[0])}  # of this device and piece alone
-    inputs = condition(models, params, conditions, config.conditioning, **apply) | condition_map(
-        models, params, frozen.get("first_stage"), batch, config.conditioning, **apply)
+    every = with_frozen(params, frozen)
+    inputs = condition(models, every, conditions, config.conditioning, **apply) | condition_map(
+        models, every, frozen.get("first_stage"), batch, config.conditioning, **apply)
     prediction = models.unet.apply({"params": params["unet"]}, z_t, t, **inputs, **apply).astype(jnp.float32)
 
     target = process.target(schedule, options.parameterization, z_0, eps, t)
@@ -156,7 +174,8 @@ def train_step(
 
     Args:
       state: replicated.
-      frozen: ``first_stage`` parameters (unless latents are cached) and ``null``, the null condition of each kind.
+      frozen: ``first_stage`` parameters (unless latents are cached), ``null``, the null condition of each kind, and
+        ``conditioner``, the part of tau_theta that is not trained.
       batch: this device's part: ``image`` or ``latent_mean`` and ``latent_std``, conditions (`condition`,
         `condition_map`), and ``index`` (b,).
       rng: the run's key; folded with the step and each example's index.
@@ -196,6 +215,9 @@ def create_state(rng: Key[Array, ""], *, models: Any, tx: optax.GradientTransfor
         examples.append(jnp.zeros((1, config.data.image_size, config.data.image_size), jnp.int32))
     if examples:
         params["conditioner"] = models.conditioner.init(conditioner_key, *examples)["params"]
+    if has_frozen_text(options):
+        whole = sequence_conditioner(models) is models.conditioner
+        params.pop("conditioner") if whole else params["conditioner"].pop("crossattn")
     if options.label:
         inputs["label"] = one
     z = jnp.zeros((1, size, size, config.model.in_channels))

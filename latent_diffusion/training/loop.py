@@ -64,7 +64,7 @@ def run(config: Any, workdir: str) -> int:
 # --- before anything is compiled -------------------------------------------------------------------------------------
 
 
-def check(config: Any, path: epath.Path) -> tuple[setup.Splits, conditions.Vocabulary | None]:
+def check(config: Any, path: epath.Path) -> tuple[setup.Splits, conditions.Tokenizer | None]:
     """Completes the config, opens the data and finds the user's mistakes; returns the opened sets and vocabulary."""
     first_stage.complete_config(config, path)
     config_lib.validate(config, num_devices=jax.device_count(), num_processes=jax.process_count())
@@ -119,11 +119,11 @@ def make_workdir(path: epath.Path) -> None:
 
 
 def write_workdir(config: Any, path: epath.Path, vocabulary: Any, source: Any) -> None:
-    """Writes what makes the workdir readable without flags: vocab.txt, the names of classes and config.json."""
+    """Writes what makes the workdir readable without flags: the tokenizer, the names of classes and config.json."""
     if not parallel.is_first_process():
         return
     if vocabulary is not None:
-        vocabulary.save(path / "vocab.txt")
+        vocabulary.save(path)
     used = {"labels": source.label_names}
     if config.stage == "diffusion":
         used["objects"] = source.object_names if config.conditioning.crossattn == "layout" else ()

@@ -20,7 +20,7 @@ from latent_diffusion.models.perceptual import LPIPS
 from latent_diffusion.training import autoencoder as stage1
 from latent_diffusion.training import diffusion as stage2
 from latent_diffusion.training import first_stage as first_stage_lib
-from latent_diffusion.training import optimizer, previews
+from latent_diffusion.training import optimizer, previews, text_encoder
 
 Splits = Mapping[str, Any]  # {"train": source, "eval": source}, opened
 
@@ -32,7 +32,7 @@ class Data:
     config: Any
     splits: Splits
     fields: tuple[str, ...]
-    vocabulary: conditions.Vocabulary | None = None
+    vocabulary: conditions.Tokenizer | None = None
 
     def train(self, start_step: int) -> Iterator[dict]:
         """This process's share of the endless, augmented stream, from a step on."""
@@ -84,7 +84,7 @@ class Setup:
 # --- completing a config ---------------------------------------------------------------------------------------------
 
 
-def complete_conditioning(config: Any, workdir: epath.Path, source: Any) -> conditions.Vocabulary | None:
+def complete_conditioning(config: Any, workdir: epath.Path, source: Any) -> conditions.Tokenizer | None:
     """Stage 2: number of classes and vocabulary from the data (or from the workdir when resuming), written into the
     config. Returns the vocabulary of a text model."""
     if config.stage != "diffusion":
@@ -119,15 +119,22 @@ def complete_conditioning(config: Any, workdir: epath.Path, source: Any) -> cond
         if source.captions is None:
             raise UserError(f"conditioning.crossattn='text' needs captions, but data.source={config.data.source} has "
                             "none; add a captions.jsonl, or choose another conditioning")
-        saved = workdir / "vocab.txt"
-        if saved.exists():
-            vocabulary = conditions.load_vocabulary(saved)
-        elif options.text.vocab:
-            vocabulary = conditions.bert_vocabulary(options.text.vocab)
-        else:
-            vocabulary = conditions.train_vocabulary(source.captions, options.text.vocab_size)
+        text_encoder.check(config, workdir)
+        vocabulary = tokenizer(options.text, workdir, source.captions)
         options.text.vocab_size = vocabulary.size
     return vocabulary
+
+
+def tokenizer(options: Any, workdir: epath.Path, captions: Any) -> conditions.Tokenizer:
+    """The tokenizer of the workdir when resuming, that of the given file, or else one learned from the captions."""
+    if (saved := conditions.saved_tokenizer(workdir, options.kind)) is not None:
+        return saved
+    if options.vocab:
+        return conditions.TOKENIZERS[options.kind](options.vocab)
+    if options.kind == "clip":
+        raise UserError("conditioning.text.kind=clip needs its tokenizer: a folder with vocab.json and merges.txt, or "
+                        "bpe_simple_vocab_16e6.txt.gz, as --config.conditioning.text.vocab=PATH")
+    return conditions.train_vocabulary(captions, options.vocab_size)
 
 
 # --- stage 1 ---------------------------------------------------------------------------------------------------------
@@ -186,7 +193,7 @@ def autoencoder(config: Any, workdir: epath.Path, splits: Splits, vocabulary: No
 # --- stage 2 ---------------------------------------------------------------------------------------------------------
 
 
-def diffusion(config: Any, workdir: epath.Path, splits: Splits, vocabulary: conditions.Vocabulary | None) -> Setup:
+def diffusion(config: Any, workdir: epath.Path, splits: Splits, vocabulary: conditions.Tokenizer | None) -> Setup:
     """Stage 2, ready for the loop; copies the first stage into the workdir the first time."""
     networks, schedule, tx = models.build(config), schedule_lib.from_config(config.diffusion), optimizer.create(config)
     key, fields = jax.random.key(config.seed), request.condition_fields(config)
@@ -202,9 +209,9 @@ def diffusion(config: Any, workdir: epath.Path, splits: Splits, vocabulary: cond
         return stage2.create_state(key, models=networks, tx=tx, config=config)
 
     jax.eval_shape(create_state)  # networks that do not fit the config say so before anything is copied
-    null = null_conditions(config, vocabulary)
+    null, encoder = null_conditions(config, vocabulary), text_encoder.copy_once(config, networks, workdir)
     first_stage, origin = first_stage_lib.copy_once(config, workdir)
-    frozen = parallel.replicate({"first_stage": first_stage, "null": null})
+    frozen = parallel.replicate({"first_stage": first_stage, "null": null, "conditioner": encoder})
     if config.first_stage.cache:
         splits = first_stage_lib.cached_sources(
             config, networks, frozen, splits, tuple({"tokens": "caption"}.get(name, name) for name in fields))
@@ -226,7 +233,8 @@ def diffusion(config: Any, workdir: epath.Path, splits: Splits, vocabulary: cond
         return {name: value / sums["count"] for name, value in sums.items() if name != "count"}
 
     def pictures(state: Any) -> dict[str, previews.Pictures]:
-        params = stage2.sampling_params(state.params, state.ema_params) | {"first_stage": frozen["first_stage"]}
+        params = stage2.with_frozen(stage2.sampling_params(state.params, state.ema_params), frozen)
+        params["first_stage"] = frozen["first_stage"]
         ldm = pipeline.LatentDiffusion(
             config=config, models=networks, schedule=schedule, params=params, vocabulary=vocabulary,
             scale_factor=float(parallel.to_host(state.scale_factor)), step=int(parallel.to_host(state.step)), **names)
@@ -239,7 +247,7 @@ def diffusion(config: Any, workdir: epath.Path, splits: Splits, vocabulary: cond
     return Setup(networks, create, shapes, frozen, data, step, evaluate, pictures, summary, notes)
 
 
-def null_conditions(config: Any, vocabulary: conditions.Vocabulary | None) -> dict[str, np.ndarray]:
+def null_conditions(config: Any, vocabulary: conditions.Tokenizer | None) -> dict[str, np.ndarray]:
     """The null value of each condition: the tokens of the empty text or layout, the class after the last."""
     null = {"label": np.asarray(config.conditioning.num_classes, np.int32)}
     null["layout"] = layouts.null_tokens(config.conditioning.layout)

@@ -37,6 +37,15 @@ def test_enlarging_and_shrinking_functions():
     np.testing.assert_allclose(back, x, atol=1e-6)
 
 
+def test_patches_with_something_of_their_own():
+    own = jnp.asarray([1.0, 2.0, 4.0])
+    assert tiles.corners(4, 12, 4, 0).tolist() == [[0, 0], [0, 4], [0, 8]]
+    found = tiles.tiled(lambda patch, number: patch + number, jnp.zeros((1, 4, 12, 1)), 4, 0, each=(own,))
+    np.testing.assert_allclose(found[0, 0, :, 0], np.repeat(own, 4))
+    only = tiles.tiled(lambda patch, number: patch + number, jnp.zeros((1, 4, 4, 1)), 4, 0, each=(own[2:],))
+    np.testing.assert_allclose(only, np.full((1, 4, 4, 1), 4.0))
+
+
 def test_no_seams_where_patches_disagree():
     """Each patch is shifted by its own mean; the blend moves from one to the next in small steps."""
     x = jnp.tile(jnp.linspace(0, 1, 64)[None, None, :, None], (1, 16, 1, 1))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 
-from latent_diffusion import conditions, layouts, models, parallel
+from latent_diffusion import conditions, layouts, models, parallel, programs, request
 from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.errors import UserError
 from latent_diffusion.training import diffusion as stage2
@@ -88,7 +88,7 @@ def test_condition_matters_and_trains_its_encoder(kind):
         assert np.abs(gradient).max() > 1e-6, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("kind", ["layout", "inpainting", "hybrid"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_device_equals_two(kind):
     one, two = (loss_and_gradients(kind, batch(kind), devices) for devices in (1, 2))
     for (path, x), y in zip(jax.tree.leaves_with_path(one), jax.tree.leaves(two), strict=True):
@@ -138,6 +138,33 @@ def test_samples_follow_their_condition_whatever_the_batch(kind):
         other = model.sample(**{**asked, name: list(reversed(asked[name])) if name in ("layouts", "prompts") else
                                 np.asarray(asked[name])[::-1]}, batch_size=4)
         assert np.abs(other.latents - four.latents).max() > 1e-3, name
+
+
+def test_each_patch_of_a_tiled_layout_sees_its_own_crop():
+    model = tiny_models.model("layout")
+    objects = layouts.Objects(np.array([1, 2]), np.array([[0.1, 0.1, 0.3, 0.3], [0.6, 0.5, 0.3, 0.4]]))
+    asked = dict(size=(16, 32), tile=16, overlap=0)
+    crops = request.patches(model.config, request.resolve_settings(model.config, **asked))
+    assert crops == [(0, 0, 0.5, 1), (0.5, 0, 0.5, 1)]
+    tokens = model.conditions(None, None, 1, [objects], crops)["layout"]
+    for i, row in enumerate(tokens[0]):
+        seen, crop = layouts.from_tokens(row, model.config.conditioning.layout)
+        assert seen.labels.tolist() == [i + 1]
+        np.testing.assert_allclose(crop, crops[i], atol=0.1)  # a grid of 8 x 8
+
+    context = model.models.conditioner.apply({"params": model.params["conditioner"]}, jnp.asarray(tokens[0]))
+    z, t = jax.random.normal(jax.random.key(0), (1, 8, 16, 4)), jnp.array([5])
+    predict = jax.jit(functools.partial(programs.predict, model.models), static_argnames="tile")
+    predict = functools.partial(predict, model.params)
+    whole = predict(z, t, {"context": context[None]}, tile=programs.Tile(side=8, overlap=0, factor=2))
+    halves = [predict(half, t, {"context": context[i : i + 1]}) for i, half in enumerate(jnp.split(z, 2, axis=2))]
+    np.testing.assert_allclose(whole, jnp.concatenate(halves, axis=2), atol=1e-5)
+
+    model.config.sampling.steps = 1
+    latents = model.sample(layouts=objects, **asked, guidance_scale=2.0).latents
+    swapped = layouts.Objects(objects.labels[::-1], objects.boxes)
+    other = model.sample(layouts=swapped, **asked, guidance_scale=2.0).latents
+    assert latents.shape == (1, 8, 16, 4) and np.abs(latents - other).max() > 1e-3
 
 
 def test_known_pixels_are_kept_exactly_and_an_empty_mask_returns_the_picture():
