@@ -15,7 +15,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from latent_diffusion import defaults, layouts
+from latent_diffusion import defaults, layouts, sizes
+from latent_diffusion.data import degradations, masks
 from latent_diffusion.errors import UserError, choose
 
 FREELY_CHANGED = (  # keys that a resumed run may change: they alter neither the model nor the data
@@ -159,8 +160,8 @@ STAGE_CHOICES = {
         "conditioning.crossattn": ("none", "class", "text", "layout"),
         "conditioning.concat": ("none", "segmentation", "low_res", "inpainting"),
         "conditioning.text.kind": ("bert", "clip"),
-        "conditioning.low_res.degradation": ("bicubic", "bsrgan", "bsrgan_light"),
-        "conditioning.inpainting.masks": ("narrow", "medium", "wide", "boxes", "mixed"),
+        "conditioning.low_res.degradation": degradations.KINDS,
+        "conditioning.inpainting.masks": tuple(masks.PRESETS),
         "diffusion.beta_schedule": ("linear", "cosine", "sqrt_linear", "sqrt"),
         "diffusion.parameterization": ("eps", "x0", "v"),
         "diffusion.loss": ("l1", "l2"),
@@ -210,7 +211,7 @@ def _size_mistakes(config: ConfigDict) -> list[str]:
     mistakes = []
     first = config.model if config.stage == "autoencoder" else config.first_stage.model
     section = "model" if config.stage == "autoencoder" else "first_stage.model"
-    factor = 1 if first.kind == "identity" else 2 ** (len(first.ch_mult) - 1)
+    factor = sizes.factor(first)
     size = config.data.image_size
     if size % factor:
         mistakes.append(f"data.image_size={size} is not a multiple of the downsampling factor {factor} "
@@ -221,8 +222,8 @@ def _size_mistakes(config: ConfigDict) -> list[str]:
         if first.kind != "identity" and first[key] != config.data.channels:
             mistakes.append(f"{section}.{key}={first[key]} but data.channels={config.data.channels}; make them equal")
     if config.stage == "diffusion":
-        latent = config.data.channels if first.kind == "identity" else first.embed_dim
-        for key, more in (("in_channels", map_channels(config)), ("out_channels", 0)):
+        latent = sizes.latent_channels(config)
+        for key, more in (("in_channels", sizes.map_channels(config)), ("out_channels", 0)):
             if config.model[key] != latent + more:
                 mistakes.append(f"model.{key}={config.model[key]} but the first stage has {latent} latent channels"
                                 + (f" and conditioning.concat adds {more}" if more else ""))
@@ -233,7 +234,7 @@ def _size_mistakes(config: ConfigDict) -> list[str]:
         if config.model.image_size != size // factor:
             mistakes.append(f"model.image_size={config.model.image_size} but the latents of {size}-pixel images are "
                             f"{size // factor} wide; set it to that, or to 0")
-        down = 2 ** (len(config.model.channel_mult) - 1)
+        down = sizes.unet_factor(config)
         if size // factor % down:
             mistakes.append(f"the latents are {size // factor} wide, which the UNet's {down}x downsampling "
                             f"(len(model.channel_mult)={len(config.model.channel_mult)}) does not divide")
@@ -241,14 +242,6 @@ def _size_mistakes(config: ConfigDict) -> list[str]:
             mistakes.append(f"sampling.steps={config.sampling.steps} exceeds "
                             f"diffusion.timesteps={config.diffusion.timesteps}")
     return mistakes
-
-
-def map_channels(config: ConfigDict) -> int:
-    """How many channels ``conditioning.concat`` adds to the UNet's input."""
-    first = config.first_stage.model
-    latent = config.data.channels if first.kind == "identity" else first.embed_dim
-    return {"segmentation": config.conditioning.segmentation.channels, "low_res": config.data.channels,
-            "inpainting": latent + 1}.get(config.conditioning.concat, 0)
 
 
 def _conditioning_mistakes(config: ConfigDict, latent_size: int) -> list[str]:

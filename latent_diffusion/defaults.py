@@ -186,7 +186,7 @@ def diffusion() -> ConfigDict:
             ),
             low_res=dict(
                 factor=4,         # of the super-resolution
-                degradation="bicubic",  # bicubic | bsrgan | bsrgan_light
+                degradation="bicubic",  # bicubic | bsrgan | bsrgan_light | bsrgan_plus
             ),
             inpainting=dict(
                 masks="mixed",    # narrow | medium | wide | boxes | mixed

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from latent_diffusion import conditions as conditions_lib
-from latent_diffusion import images, layouts
+from latent_diffusion import images, layouts, sizes
 from latent_diffusion.diffusion import samplers, tiles
 from latent_diffusion.errors import UserError, choose
 
@@ -75,16 +75,9 @@ def resolve_settings(
                     *_check_tile(config, tile, overlap))
 
 
-def _factors(config: Any) -> tuple[int, int]:
-    """How many times smaller the first stage and the UNet make pictures and latents."""
-    first = config.first_stage.model
-    factor = 1 if first.kind == "identity" else 2 ** (len(first.ch_mult) - 1)
-    return factor, 2 ** (len(config.model.channel_mult) - 1)
-
-
 def _check_size(config: Any, size: tuple[int, int] | None, name: str = "size") -> tuple[int, int]:
     size = size or (config.data.image_size,) * 2
-    factor, down = _factors(config)
+    factor, down = sizes.factor(config.first_stage.model), sizes.unet_factor(config)
     multiple = factor * down
     if any(side <= 0 or side % multiple for side in size):
         nearest = ",".join(str(max(1, round(side / multiple)) * multiple) for side in size)
@@ -99,7 +92,7 @@ def _check_tile(config: Any, tile: int | None, overlap: int | None) -> tuple[int
             raise UserError("overlap is that of tiles; give tile as well")
         return 0, 0
     _check_size(config, (tile, tile), "tile")
-    factor, _ = _factors(config)
+    factor = sizes.factor(config.first_stage.model)
     overlap = tile // 4 // factor * factor if overlap is None else overlap
     if overlap % factor or not 0 <= overlap < tile:
         raise UserError(f"overlap={overlap} must be a multiple of {factor}, 0 or above and below tile={tile}")
@@ -110,7 +103,7 @@ def patches(config: Any, asked: Settings) -> list[tuple[float, ...]]:
     """Where the patches of the UNet lie: (left, top, width, height) relative to the picture; [] if it is not tiled."""
     if not asked.tile:
         return []
-    factor, _ = _factors(config)
+    factor = sizes.factor(config.first_stage.model)
     height, width = asked.size
     places = factor * tiles.corners(*(n // factor for n in (height, width, asked.tile, asked.overlap)))
     tall, wide = min(asked.tile, height), min(asked.tile, width)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from latent_diffusion import config as config_lib
-from latent_diffusion import models
+from latent_diffusion import models, sizes
 from latent_diffusion.training import diffusion as stage2
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -63,10 +63,9 @@ def complete(config, first_stage: str | None):
         first = config.first_stage.model
         if first_stage is not None:
             first.update(load(first_stage).model)
-        latent = config.data.channels if first.kind == "identity" else first.embed_dim
-        factor = 1 if first.kind == "identity" else 2 ** (len(first.ch_mult) - 1)
-        config.model.update(image_size=config.data.image_size // factor, out_channels=latent,
-                            in_channels=latent + config_lib.map_channels(config))
+        latent = sizes.latent_channels(config)
+        config.model.update(image_size=config.data.image_size // sizes.factor(first), out_channels=latent,
+                            in_channels=latent + sizes.map_channels(config))
         config.conditioning.num_classes = config.conditioning.num_classes or 1000
         config.conditioning.layout.num_classes = 300
     return config

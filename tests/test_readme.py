@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from latent_diffusion import config as config_lib
-from latent_diffusion import defaults
+from latent_diffusion import defaults, sizes
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -77,7 +77,7 @@ def fill_sizes(config) -> None:
     config.first_stage.model.ch_mult = (1, 2, 4) if small else config.first_stage.model.ch_mult
     if config.conditioning.concat == "low_res":
         config.first_stage.model.ch_mult = (1, 2, 4)  # as deep as the factor
-    for key, more in (("in_channels", config_lib.map_channels(config)), ("out_channels", 0)):
+    for key, more in (("in_channels", sizes.map_channels(config)), ("out_channels", 0)):
         config.first_stage.model[key] = config.data.channels
         config.model[key] = config.first_stage.model.embed_dim + more
     factor = 2 ** (len(config.first_stage.model.ch_mult) - 1)

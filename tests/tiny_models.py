@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from latent_diffusion import checkpoint, conditions, defaults, models
+from latent_diffusion import checkpoint, conditions, defaults, models, sizes
 from latent_diffusion import config as config_lib
 from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.pipeline import LatentDiffusion
@@ -36,7 +36,7 @@ def config(kind: str, **conditioning):
             num_classes=4, vocab_size=64, max_objects=2, max_length=8, flags=False, layers=1, heads=2, head_dim=8)
         c.conditioning.segmentation.num_classes = 5
         c.conditioning.low_res.factor = 2
-        c.model.in_channels = 4 + config_lib.map_channels(c)
+        c.model.in_channels = 4 + sizes.map_channels(c)
         c.conditioning.text.update(vocab_size=60, max_length=8, layers=1, heads=2, head_dim=8)
         c.conditioning.update(conditioning)
         c.diffusion.timesteps = 20

@@ -1,8 +1,10 @@
 """High resolution -> low resolution: bicubic, and the random degradations of BSRGAN (Zhang et al., ICCV 2021; paper
-section 4.4 and appendix D.5), in the two strengths that the released super-resolution models were trained with.
+section 4.4 and appendix D.5), in the two strengths that the released super-resolution models were trained with, and in
+the longer chain that the reference has but does not use.
 
-The steps and numbers of `bsrgan` and `bsrgan_light` are those of the reference (ldm/modules/image_degradation, the
-variants that its data loader uses); the draws of random numbers are our own.
+The steps and numbers are those of the reference (ldm/modules/image_degradation: `bsrgan` and `bsrgan_light` are the
+variants that its data loader uses, `bsrgan_plus` is without the sharpening of the large picture); the draws of random
+numbers are our own.
 """
 
 from dataclasses import dataclass
@@ -33,8 +35,10 @@ STRENGTHS = {
     "bsrgan": Strength(2, 1.0, tuple(range(7, 26, 2)), tuple(range(7, 26, 2)), 0.75, (2, 25), (30, 95)),
     "bsrgan_light": Strength(1, 0.25, tuple(range(5, 15)), (5, 6, 7), 0.8, (1, 2), (80, 95)),
 }
+KINDS = ("bicubic", *STRENGTHS, "bsrgan_plus")
 HALVE_FIRST = 0.25  # chances
 JPEG_CHANCE = 0.9
+RARE_NOISE_CHANCE = 0.1  # of Poisson noise and of speckle noise, each
 
 
 def degrade(
@@ -42,7 +46,7 @@ def degrade(
 ) -> UInt8[np.ndarray, "h2 w2 c"]:
     """A picture `factor` times smaller.
 
-    kind: "bicubic" (Pillow's, with antialiasing; nothing random), "bsrgan" or "bsrgan_light".
+    kind: "bicubic" (Pillow's, with antialiasing; nothing random), "bsrgan", "bsrgan_light" or "bsrgan_plus".
     Raises UserError for another kind, or sides that are not multiples of the factor.
     """
     height, width, channels = image.shape
@@ -52,8 +56,12 @@ def degrade(
         small = Image.fromarray(image[..., 0] if channels == 1 else image).resize(
             (width // factor, height // factor), Image.Resampling.BICUBIC)
         return np.asarray(small).reshape(height // factor, width // factor, channels)
-    strength = choose({"bicubic": None, **STRENGTHS}, kind, "conditioning.low_res.degradation")
-    small = _bsrgan(image.astype(np.float32) / 255, factor, strength, rng)
+    x = image.astype(np.float32) / 255
+    if kind == "bsrgan_plus":
+        small = _bsrgan_plus(x, factor, STRENGTHS["bsrgan"], rng)
+    else:
+        strength = choose({**dict.fromkeys(KINDS), **STRENGTHS}, kind, "conditioning.low_res.degradation")
+        small = _bsrgan(x, factor, strength, rng)
     return np.round(small * 255).astype(np.uint8)
 
 
@@ -80,6 +88,34 @@ def _bsrgan(x: Picture, factor: int, strength: Strength, rng: np.random.Generato
         elif rng.random() < JPEG_CHANCE:
             x = _jpeg(x, strength, rng)
     return _jpeg(x, strength, rng)
+
+
+def _bsrgan_plus(x: Picture, factor: int, strength: Strength, rng: np.random.Generator) -> Picture:
+    """Twice blur, resizing and three kinds of noise, JPEG between and after them; half of the time in any order."""
+    height, width = (side // factor for side in x.shape[:2])
+    noises = ["noise", "poisson", "speckle"]
+    order = ["blur", "resize", *rng.permutation(noises), "jpeg", "blur", "resize", *rng.permutation(noises)]
+    if rng.random() < 0.5:
+        order = rng.permutation(order)
+    for step in order:
+        if step == "blur":
+            x = _blur(x, factor, strength, rng)
+        elif step == "resize":
+            x = _rescale(x, factor, rng)
+        elif step == "noise":
+            x = _add_noise(x, strength, rng)
+        elif step == "jpeg":
+            x = _jpeg(x, strength, rng)
+        elif rng.random() < RARE_NOISE_CHANCE:
+            x = _add_poisson_noise(x, rng) if step == "poisson" else _add_speckle_noise(x, strength, rng)
+    return _jpeg(_resize(x, height, width, rng), strength, rng)
+
+
+def _rescale(x: Picture, factor: int, rng: np.random.Generator) -> Picture:
+    """Up to twice as large (0.2), down to half a `factor`-th (0.7), or as it is."""
+    which = rng.random()
+    by = rng.uniform(1, 2) if which > 0.8 else rng.uniform(0.5 / factor, 1) if which < 0.7 else 1.0
+    return _resize(x, max(1, int(by * x.shape[0])), max(1, int(by * x.shape[1])), rng)
 
 
 def _resize(x: Picture, height: int, width: int, rng: np.random.Generator) -> Picture:
@@ -144,18 +180,35 @@ def _convolve(x: Picture, kernel: Float[np.ndarray, "k k"]) -> Picture:
 
 
 def _add_noise(x: Picture, strength: Strength, rng: np.random.Generator) -> Picture:
-    """Gaussian: of each channel (0.4), of all channels alike (0.4), or correlated between channels (0.2)."""
+    return np.clip(x + _gaussian_noise(x, strength, rng), 0, 1).astype(np.float32)
+
+
+def _add_speckle_noise(x: Picture, strength: Strength, rng: np.random.Generator) -> Picture:
+    """Noise in proportion to the picture."""
+    return np.clip(x + x * _gaussian_noise(x, strength, rng), 0, 1).astype(np.float32)
+
+
+def _add_poisson_noise(x: Picture, rng: np.random.Generator) -> Picture:
+    """Photons counted in each channel, or in the grey picture and added to all channels; 100 to 10,000 of them at 1."""
+    x, photons = np.round(x * 255) / 255, 10 ** rng.uniform(2, 4)
+    if rng.random() < 0.5:
+        return np.clip(rng.poisson(x * photons) / photons, 0, 1).astype(np.float32)
+    grey = x @ np.array([0.299, 0.587, 0.114]) if x.shape[2] == 3 else x[..., 0]
+    grey = np.round(grey * 255) / 255
+    return np.clip(x + (rng.poisson(grey * photons) / photons - grey)[..., None], 0, 1).astype(np.float32)
+
+
+def _gaussian_noise(x: Picture, strength: Strength, rng: np.random.Generator) -> Float[np.ndarray, "h w #c"]:
+    """Of each channel (0.4), of all channels alike (0.4), or correlated between channels (0.2)."""
     level = rng.integers(strength.noise[0], strength.noise[1] + 1) / 255
     which, channels = rng.random(), x.shape[2]
     if which < 0.4 or channels == 1:
-        noise = rng.normal(0, level, (*x.shape[:2], 1))
-    elif which > 0.6:
-        noise = rng.normal(0, level, x.shape)
-    else:
-        basis, _ = np.linalg.qr(rng.random((channels, channels)))
-        covariance = (strength.noise[1] / 255) ** 2 * np.abs(basis.T @ np.diag(rng.random(channels)) @ basis)
-        noise = rng.multivariate_normal(np.zeros(channels), covariance, x.shape[:2], check_valid="ignore")
-    return np.clip(x + noise, 0, 1).astype(np.float32)
+        return rng.normal(0, level, (*x.shape[:2], 1))
+    if which > 0.6:
+        return rng.normal(0, level, x.shape)
+    basis, _ = np.linalg.qr(rng.random((channels, channels)))
+    covariance = (strength.noise[1] / 255) ** 2 * np.abs(basis.T @ np.diag(rng.random(channels)) @ basis)
+    return rng.multivariate_normal(np.zeros(channels), covariance, x.shape[:2], check_valid="ignore")
 
 
 def _jpeg(x: Picture, strength: Strength, rng: np.random.Generator) -> Picture:
@@ -172,7 +225,7 @@ def _cv2():
     try:
         import cv2
     except ImportError as error:
-        raise UserError("the degradations bsrgan and bsrgan_light need OpenCV: pip install opencv-python-headless"
-                        ) from error
+        raise UserError("the degradations bsrgan, bsrgan_light and bsrgan_plus need OpenCV: pip install "
+                        "opencv-python-headless") from error
     cv2.setNumThreads(1)  # the loader has threads of its own
     return cv2

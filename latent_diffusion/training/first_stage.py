@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from latent_diffusion import checkpoint, models, parallel
+from latent_diffusion import checkpoint, models, parallel, sizes
 from latent_diffusion import config as config_lib
 from latent_diffusion.data import latents as latents_cache
 from latent_diffusion.data import loader
@@ -43,13 +43,11 @@ def complete_config(config: Any, workdir: epath.Path) -> None:
     elif first.model.kind != "identity":
         raise UserError("first_stage.workdir is empty: train an autoencoder first, then give its workdir with "
                         "--config.first_stage.workdir=DIR")
-    identity = first.model.kind == "identity"
-    if identity:
+    if first.model.kind == "identity":
         first.model.in_channels = first.model.out_channels = config.data.channels
-    channels = config.data.channels if identity else first.model.embed_dim
-    config.model.image_size = config.model.image_size or (
-        config.data.image_size // (1 if identity else 2 ** (len(first.model.ch_mult) - 1)))
-    config.model.in_channels = config.model.in_channels or channels + config_lib.map_channels(config)
+    channels = sizes.latent_channels(config)
+    config.model.image_size = config.model.image_size or config.data.image_size // sizes.factor(first.model)
+    config.model.in_channels = config.model.in_channels or channels + sizes.map_channels(config)
     config.model.out_channels = config.model.out_channels or channels
 
 

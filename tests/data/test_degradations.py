@@ -69,7 +69,7 @@ def test_a_missing_opencv_is_named(monkeypatch):
         degradations.degrade(_picture(16, 16), 4, "bsrgan_light", np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("kind", ["bsrgan", "bsrgan_light"])
+@pytest.mark.parametrize("kind", ["bsrgan", "bsrgan_light", "bsrgan_plus"])
 @pytest.mark.parametrize("factor", [2, 3, 4, 8])
 def test_shapes(cv2, kind, factor):
     for channels in (1, 3):
@@ -79,7 +79,7 @@ def test_shapes(cv2, kind, factor):
             assert small.shape == (6, 9, channels) and small.dtype == np.uint8
 
 
-@pytest.mark.parametrize("kind", ["bsrgan", "bsrgan_light"])
+@pytest.mark.parametrize("kind", ["bsrgan", "bsrgan_light", "bsrgan_plus"])
 def test_the_seed_decides(cv2, kind):
     image = _picture(32, 32)
     first, again = ([degradations.degrade(image, 4, kind, rng) for rng in _rngs(10)] for _ in range(2))
@@ -280,6 +280,63 @@ def test_noise_stays_in_range():
     for value in (0, 1):
         noisy = degradations._add_noise(np.full((16, 16, 3), value, np.float32), FULL, np.random.default_rng(0))
         assert 0 <= noisy.min() < noisy.max() <= 1 and noisy.dtype == np.float32
+
+
+def test_poisson_noise_counts_photons():
+    """Mean x and variance x / photons; photons from 100 to 10,000, uniform in the exponent; half the time alike."""
+    value, draws, alike, exponents = 153 / 255, 300, 0, []
+    for rng in _rngs(draws):
+        noisy = degradations._add_poisson_noise(np.full((48, 48, 3), value, np.float32), rng)
+        of_one = noisy[..., 0].astype(float)
+        assert abs(of_one.mean() - value) < 5 * of_one.std() / 48
+        exponents.append(math.log10(value / of_one.var()))
+        alike += np.ptp(noisy - value, axis=2).max() < 1e-6
+    assert abs(alike / draws - 0.5) < 4 * 0.5 / math.sqrt(draws)
+    # the variance of 2304 pixels is known to 3 %, 0.013 of the exponent
+    assert 1.93 < min(exponents) < 2.1 and 3.9 < max(exponents) < 4.07
+    assert abs(np.mean(exponents) - 3) < 4 * (2 / math.sqrt(12)) / math.sqrt(draws)
+
+
+def test_speckle_noise_is_in_proportion():
+    picture = np.zeros((64, 64, 3), np.float32)
+    picture[:, 32:], picture[:32, 32:] = 0.5, 0.25
+    level25 = dataclasses.replace(FULL, noise=(25, 25))
+    ratios = []
+    for rng in _rngs(20):
+        noise = degradations._add_speckle_noise(picture, level25, rng) - picture
+        assert np.all(noise[:, :32] == 0)
+        ratios.append(noise[32:, 32:].std() / noise[:32, 32:].std())
+        assert noise[32:, 32:].std() < 0.5 * 25 / 255 * 1.1
+    assert abs(np.mean(ratios) - 2) < 0.05  # standard error 2 / sqrt(2 * 1024) / sqrt(20) or less
+
+
+def test_steps_of_the_longer_chain(monkeypatch):
+    """Twice each step, but one JPEG before the last; in its own order half of the time."""
+    orders, count = [], 600
+    short = {"_blur": "b", "_rescale": "r", "_add_noise": "n", "_add_poisson_noise": "p", "_add_speckle_noise": "s",
+             "_jpeg": "j", "_resize": "f"}
+    for name, letter in short.items():
+        monkeypatch.setattr(degradations, name, lambda x, *rest, letter=letter: orders.append(letter) or x)
+    texts = []
+    for rng in _rngs(count):
+        orders.clear()
+        degradations._bsrgan_plus(np.zeros((8, 8, 1), np.float32), 4, FULL, rng)
+        texts.append("".join(orders))
+    assert all(text.endswith("fj") and sorted(text.translate({112: None, 115: None})) == sorted("bbrrnnfjj")
+               for text in texts)
+    for letter in "ps":
+        rare = sum(text.count(letter) for text in texts) / (2 * count)
+        assert abs(rare - 0.1) < 4 * math.sqrt(0.09 / (2 * count))
+    plain = sum(text.translate({112: None, 115: None}) == "brnjbrnfj" for text in texts) / count
+    expected = 0.5 + 0.5 / (math.factorial(7) / 8)  # or by chance: 7 steps, three kinds of them twice
+    assert abs(plain - expected) < 4 * 0.5 / math.sqrt(count)
+
+
+def test_rescaling_of_the_longer_chain(cv2):
+    sides = np.array([len(degradations._rescale(np.zeros((400, 400, 1), np.float32), 4, rng)) for rng in _rngs(400)])
+    shares = [np.mean(sides < 400), np.mean(sides == 400), np.mean(sides > 400)]
+    np.testing.assert_allclose(shares, [0.7, 0.1, 0.2], atol=4 * math.sqrt(0.21 / 400))
+    assert 50 <= sides.min() < 65 and 780 < sides.max() < 800
 
 
 @pytest.mark.parametrize("channels", [1, 3])
