@@ -244,6 +244,9 @@ def diffusion(config: Any, workdir: epath.Path, splits: Splits, vocabulary: cond
         return f"held-out loss {result['loss_simple']:.4f} ({'EMA' if config.ema.decay > 0 else 'raw'} weights)"
 
     notes = (f"first stage: {origin['source']}, step {origin['step']}, as copied into {workdir}",) if origin else ()
+    if encoder:
+        size = sum(x.size for x in jax.tree.leaves(encoder))
+        notes += (f"text encoder: {size:,} parameters, frozen, as copied into {workdir}",)
     return Setup(networks, create, shapes, frozen, data, step, evaluate, pictures, summary, notes)
 
 
