@@ -35,7 +35,7 @@ VARIANTS = {
     "openimages": _variant("open_images_v4/300k", "bobjects", 24, 4_400_000, 0.0, False),
     "coco": _variant("coco/2017", "objects", 48, 170_000, 0.1, True),
 }
-_FEW = dict(max_objects=4, crop=False, flags=False, vocab_size=257, max_length=12, layers=2, heads=4, head_dim=32)
+_FEW = dict(max_objects=4, crop=False, flags=False, vocab_size=257, max_length=12, layers=0, heads=4, head_dim=32)
 EMOJI = defaults.merged(defaults.EMOJI, dict(
     data=dict(source="emoji_scenes", objects_key="objects"),
     model=dict(attention_resolutions=(2, 4), transformer_depth=1, context_dim=128, dropout=0.0),
