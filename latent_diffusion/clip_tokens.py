@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
+from latent_diffusion import tokens
 from latent_diffusion.errors import UserError, read_text
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -62,25 +63,13 @@ class BytePairs:
     def size(self) -> int:
         return len(self.tokens)
 
-    def _encode(self, captions: Sequence[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch([str(caption) for caption in captions], add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
     def encode(self, captions: Sequence[str], max_length: int) -> Int[np.ndarray, "n max_length"]:
         """Returns int32 (N, max_length): start, ids, end, end...; what does not fit is cut before the last end."""
-        if max_length < 2:
-            raise UserError(f"conditioning.text.max_length={max_length}: at least 2 are needed for start and end")
-        out = np.full((len(captions), max_length), self.ids[END], np.int32)
-        out[:, 0] = self.ids[START]
-        for row, ids in zip(out, self._encode(captions), strict=True):
-            ids = ids[: max_length - 2]
-            row[1 : 1 + len(ids)] = ids
-        return out
+        return tokens.framed(tokens.pieces(self._tokenizer, captions), max_length, self.ids, START, END, padding=END)
 
     def too_long(self, captions: Sequence[str], max_length: int) -> list[str]:
         """The captions of which `encode` cuts something off."""
-        return [caption for caption, ids in zip(captions, self._encode(captions), strict=True)
-                if len(ids) > max_length - 2]
+        return tokens.too_long(captions, tokens.pieces(self._tokenizer, captions), max_length)
 
     def null(self, max_length: int) -> Int[np.ndarray, "1 max_length"]:
         """The empty caption, which stands for "no condition" in classifier-free guidance: int32 (1, max_length)."""
@@ -123,8 +112,8 @@ def load(path: epath.PathLike) -> BytePairs:
 def from_merges(merges: Sequence[tuple[str, str]]) -> BytePairs:
     """CLIP's own numbering: every byte, every byte at the end of a word, the merges in their order, start and end."""
     letters = _byte_letters()
-    tokens = (*letters, *(letter + _WORD_END for letter in letters), *map("".join, merges), START, END)
-    return BytePairs(tokens, tuple(merges))
+    entries = (*letters, *(letter + _WORD_END for letter in letters), *map("".join, merges), START, END)
+    return BytePairs(entries, tuple(merges))
 
 
 def _pairs(lines: Sequence[str]) -> tuple[tuple[str, str], ...]:

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from latent_diffusion import clip_tokens
+from latent_diffusion import clip_tokens, tokens
 from latent_diffusion.errors import UserError, read_text
 
 SEQUENCES = {"class": "label", "text": "tokens", "layout": "layout"}  # conditioning.crossattn -> what a batch calls it
@@ -60,19 +60,11 @@ class Vocabulary:
 
     def encode(self, captions: Sequence[str], max_length: int) -> Int[np.ndarray, "n max_length"]:
         """Returns int32 (N, max_length): [CLS] ids [SEP] [PAD]...; what does not fit is cut before the [SEP]."""
-        if max_length < 2:
-            raise UserError(f"conditioning.text.max_length={max_length}: at least 2 are needed for [CLS] and [SEP]")
-        out = np.full((len(captions), max_length), self.ids[PAD], np.int32)
-        encodings = self._tokenizer.encode_batch([str(caption) for caption in captions], add_special_tokens=False)
-        for row, encoding in zip(out, encodings, strict=True):
-            ids = [self.ids[CLS], *encoding.ids[: max_length - 2], self.ids[SEP]]
-            row[: len(ids)] = ids
-        return out
+        return tokens.framed(tokens.pieces(self._tokenizer, captions), max_length, self.ids, CLS, SEP, PAD)
 
     def too_long(self, captions: Sequence[str], max_length: int) -> list[str]:
         """The captions of which `encode` cuts something off."""
-        encodings = self._tokenizer.encode_batch([str(caption) for caption in captions], add_special_tokens=False)
-        return [caption for caption, found in zip(captions, encodings, strict=True) if len(found.ids) > max_length - 2]
+        return tokens.too_long(captions, tokens.pieces(self._tokenizer, captions), max_length)
 
     def null(self, max_length: int) -> Int[np.ndarray, "1 max_length"]:
         """The empty caption, which stands for "no condition" in classifier-free guidance: int32 (1, max_length)."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from latent_diffusion import defaults, layouts, sizes
+from latent_diffusion import conditions, defaults, layouts, sizes
 from latent_diffusion.data import degradations, masks
 from latent_diffusion.errors import UserError, choose
 
@@ -157,9 +157,9 @@ STAGE_CHOICES = {
         "training.loss.disc_norm": ("batch", "actnorm"),
     },
     "diffusion": {
-        "conditioning.crossattn": ("none", "class", "text", "layout"),
-        "conditioning.concat": ("none", "segmentation", "low_res", "inpainting"),
-        "conditioning.text.kind": ("bert", "clip"),
+        "conditioning.crossattn": ("none", *conditions.SEQUENCES),
+        "conditioning.concat": tuple(conditions.MAPS),
+        "conditioning.text.kind": tuple(conditions.TOKENIZERS),
         "conditioning.low_res.degradation": degradations.KINDS,
         "conditioning.inpainting.masks": tuple(masks.PRESETS),
         "diffusion.beta_schedule": ("linear", "cosine", "sqrt_linear", "sqrt"),

@@ -208,12 +208,10 @@ class LatentDiffusion:
             arrays["tokens"] = self.vocabulary.null(length) if prompts is None else (
                 self.vocabulary.encode(prompts, length))
         if "layout" in request.condition_fields(self.config):
-            if layouts is None:
-                arrays["layout"] = layouts_lib.null_tokens(options.layout)[None]
-            else:
-                rows = [[layouts_lib.to_tokens(objects, options.layout, crop=crop)
-                         for crop in patches or [layouts_lib.WHOLE]] for objects in layouts]
-                arrays["layout"] = np.array(rows if patches else [row[0] for row in rows])
+            crops = patches or [layouts_lib.WHOLE]
+            rows = [[layouts_lib.null_tokens(options.layout)] * len(crops)] if layouts is None else [
+                [layouts_lib.to_tokens(objects, options.layout, crop=crop) for crop in crops] for objects in layouts]
+            arrays["layout"] = np.array(rows if patches else [row[0] for row in rows])
         if "label" in request.condition_fields(self.config):
             arrays["label"] = np.asarray([options.num_classes] if labels is None else labels, np.int32)
         return {name: rows[np.arange(number) % len(rows)] for name, rows in arrays.items()}
@@ -225,7 +223,8 @@ class LatentDiffusion:
         batch_size = math.ceil((batch_size or min(number, BATCH_SIZE)) / devices) * devices
         run = programs.compiled(self._program(asked))
         shared = parallel.replicate({
-            "params": dict(self.params), "null": self.conditions(None, None, 1), "key": jax.random.key(asked.seed),
+            "params": dict(self.params), "key": jax.random.key(asked.seed),
+            "null": self.conditions(None, None, 1, patches=request.patches(self.config, asked)),
             "scale_factor": np.float32(self.scale_factor), "guidance_scale": np.float32(asked.guidance_scale),
             "eta": np.float32(asked.eta)})
         for start in range(0, number, batch_size):

@@ -60,21 +60,19 @@ def draw(shared: Mapping[str, Any], batch: Mapping[str, Array], *, program: Prog
       Scaled latents (b, h, w, c) and images (b, H, W, C) as the decoder gives them, about [-1, 1].
     """
     params, index = shared["params"], batch["index"]
-    denoise = functools.partial(predict, program.models, params, tile=program.tile)
+    unet = functools.partial(predict, program.models, params, tile=program.tile)
     spatial = _condition_map(params, batch, program)
     inputs = _tau(params, batch, program) | spatial
     if program.guided:
-        null = _tau(params, shared["null"], program)
-        if "context" in inputs and inputs["context"].ndim == 4:
-            null["context"] = null["context"][:, None]  # the same for every patch
-        denoise_fn = guidance.classifier_free(denoise, inputs, null | spatial, shared["guidance_scale"])
+        null = _tau(params, shared["null"], program) | spatial
+        denoise_fn = guidance.classifier_free(unet, inputs, null, shared["guidance_scale"])
     else:
-        denoise_fn = functools.partial(denoise, inputs=inputs)
+        denoise_fn = functools.partial(unet, inputs=inputs)
     z_0 = samplers.sample(
         denoise_fn, program.schedule, shared["key"], (index.shape[0], *program.latent_shape), method=program.sampler,
         steps=program.steps, eta=shared["eta"], parameterization=program.parameterization, indices=index)
-    decode = functools.partial(_decode, params, scale_factor=shared["scale_factor"], models=program.models)
-    return z_0, decode(z_0) if program.tile is None else tiles.tiled(decode, z_0, *program.tile[:2])
+    decoder = functools.partial(_decode, params, scale_factor=shared["scale_factor"], models=program.models)
+    return z_0, decoder(z_0) if program.tile is None else tiles.tiled(decoder, z_0, *program.tile[:2])
 
 
 @functools.lru_cache(maxsize=16)

@@ -80,7 +80,7 @@ def fill_sizes(config) -> None:
     for key, more in (("in_channels", sizes.map_channels(config)), ("out_channels", 0)):
         config.first_stage.model[key] = config.data.channels
         config.model[key] = config.first_stage.model.embed_dim + more
-    factor = 2 ** (len(config.first_stage.model.ch_mult) - 1)
+    factor = sizes.factor(config.first_stage.model)
     config.model.image_size = config.data.image_size // factor
 
 

@@ -35,7 +35,6 @@ STRENGTHS = {
     "bsrgan": Strength(2, 1.0, tuple(range(7, 26, 2)), tuple(range(7, 26, 2)), 0.75, (2, 25), (30, 95)),
     "bsrgan_light": Strength(1, 0.25, tuple(range(5, 15)), (5, 6, 7), 0.8, (1, 2), (80, 95)),
 }
-KINDS = ("bicubic", *STRENGTHS, "bsrgan_plus")
 HALVE_FIRST = 0.25  # chances
 JPEG_CHANCE = 0.9
 RARE_NOISE_CHANCE = 0.1  # of Poisson noise and of speckle noise, each
@@ -56,12 +55,8 @@ def degrade(
         small = Image.fromarray(image[..., 0] if channels == 1 else image).resize(
             (width // factor, height // factor), Image.Resampling.BICUBIC)
         return np.asarray(small).reshape(height // factor, width // factor, channels)
-    x = image.astype(np.float32) / 255
-    if kind == "bsrgan_plus":
-        small = _bsrgan_plus(x, factor, STRENGTHS["bsrgan"], rng)
-    else:
-        strength = choose({**dict.fromkeys(KINDS), **STRENGTHS}, kind, "conditioning.low_res.degradation")
-        small = _bsrgan(x, factor, strength, rng)
+    chain, strength = choose({"bicubic": None, **CHAINS}, kind, "conditioning.low_res.degradation")
+    small = chain(image.astype(np.float32) / 255, factor, strength, rng)
     return np.round(small * 255).astype(np.uint8)
 
 
@@ -109,6 +104,14 @@ def _bsrgan_plus(x: Picture, factor: int, strength: Strength, rng: np.random.Gen
         elif rng.random() < RARE_NOISE_CHANCE:
             x = _add_poisson_noise(x, rng) if step == "poisson" else _add_speckle_noise(x, strength, rng)
     return _jpeg(_resize(x, height, width, rng), strength, rng)
+
+
+CHAINS = {
+    "bsrgan": (_bsrgan, STRENGTHS["bsrgan"]),
+    "bsrgan_light": (_bsrgan, STRENGTHS["bsrgan_light"]),
+    "bsrgan_plus": (_bsrgan_plus, STRENGTHS["bsrgan"]),
+}
+KINDS = ("bicubic", *CHAINS)
 
 
 def _rescale(x: Picture, factor: int, rng: np.random.Generator) -> Picture:

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from latent_diffusion import sizes
 from latent_diffusion.errors import UserError, choose
 from latent_diffusion.models.autoencoder import AutoencoderIdentity, AutoencoderKL, AutoencoderVQ
 from latent_diffusion.models.clip import CLIPTextTransformer
@@ -67,7 +68,7 @@ def _transformer(config: Any, options: Any) -> nn.Module:
 
 
 def _spatial_rescaler(config: Any) -> nn.Module:
-    options, factor = config.conditioning.segmentation, build_first_stage(config.first_stage.model).factor
+    options, factor = config.conditioning.segmentation, sizes.factor(config.first_stage.model)
     return SpatialRescaler(options.num_classes, int(math.log2(factor)), options.channels)
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from latent_diffusion.errors import UserError
+from latent_diffusion.models.conditioning import checked_length
 from latent_diffusion.models.layers import Dtype, compute_dtype, dense, layer_norm, merge_heads, split_heads
 
 
@@ -47,9 +48,7 @@ class CLIPTextTransformer(nn.Module):
 
         Raises UserError if L is too long, or if the heads do not make up the width.
         """
-        length = tokens.shape[1]
-        if length > self.max_length:
-            raise UserError(f"{length} tokens, but conditioning.text.max_length is {self.max_length}")
+        length = checked_length(tokens, self.max_length)
         if self.heads * self.head_dim != self.width:
             raise UserError(f"{self.heads} heads of {self.head_dim} channels do not make up the width {self.width}")
         small = nn.initializers.normal(0.02)

@@ -43,6 +43,14 @@ class FeedForward(nn.Module):
         return dense(h, x.shape[-1], "net_2", dtype=self.dtype)
 
 
+def checked_length(tokens: Int[Array, "b l"], max_length: int) -> int:
+    """How many tokens each text has. Raises UserError for more than there are positions."""
+    length = tokens.shape[1]
+    if length > max_length:
+        raise UserError(f"{length} tokens, but conditioning.text.max_length is {max_length}")
+    return length
+
+
 class TextTransformer(nn.Module):
     """The reference's text encoder, trained jointly with the UNet (paper section 4.3.1 and Table 17).
 
@@ -64,9 +72,7 @@ class TextTransformer(nn.Module):
     @nn.compact
     def __call__(self, tokens: Int[Array, "b l"], *, train: bool = False) -> Float[Array, "b l d"]:
         """Token ids (B, L <= max_length) -> (B, L, width), float32. Raises UserError if L is too long."""
-        length = tokens.shape[1]
-        if length > self.max_length:
-            raise UserError(f"{length} tokens, but conditioning.text.max_length is {self.max_length}")
+        length = checked_length(tokens, self.max_length)
         dtype = compute_dtype(self.dtype)
         attend, feed = remat(CrossAttention, self.remat), remat(FeedForward, self.remat)
         small = nn.initializers.normal(0.02)
