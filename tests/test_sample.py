@@ -1,6 +1,7 @@
 """sample.py as a user calls it: the files it writes, and one clear line for every mistake."""
 
 import importlib.util
+import logging
 import os
 import signal
 import subprocess
@@ -49,6 +50,15 @@ def workdirs(tmp_path_factory):
 def _compile_cache_of_the_tests(monkeypatch):
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+
+
+@pytest.fixture(autouse=True)
+def _no_handler_is_left():
+    """sample.main logs to the standard error of its test, which is closed when other tests log."""
+    yield
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
+        root.removeHandler(handler)
 
 
 def test_prompts_in_titled_parts(workdirs, tmp_path, capsys):
