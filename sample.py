@@ -32,7 +32,7 @@ from etils import epath  # noqa: E402
 from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from latent_diffusion import images, layouts, parallel, pipeline, request  # noqa: E402
+from latent_diffusion import checkpoint, images, layouts, parallel, pipeline, request  # noqa: E402
 from latent_diffusion.data import transforms  # noqa: E402
 from latent_diffusion.errors import UserError, read_text  # noqa: E402
 
@@ -62,6 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--labels", metavar="3,7,NAME", help="classes to draw, numbers or names; paired with prompts if both are given")
     add("--layout", action="append", default=[], metavar="FILE",
         help='objects, a JSON list of {"label": "dog", "box": [left, top, right, bottom]} in [0, 1]; repeatable')
+    add("--vectors", metavar="FILE", help="a .npy file (n, width) or (n, l, width), for a model conditioned on vectors")
     add("--segmentation", action="append", default=[], metavar="FILE",
         help="semantic map, a grey or palette image of class numbers; repeatable")
     add("--low_res", action="append", default=[], metavar="FILE", help="picture to enlarge; repeatable")
@@ -126,9 +127,10 @@ def plan(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     prompts, titles, classes = read_prompts(args)
     (maps, size), objects = read_maps(args, config), None
     if args.layout:
-        request.resolve_layouts(config, [])  # does the model take any?
+        request.resolve_layouts(config, layouts.NOTHING)  # does the model take any?
         objects = [layouts.read(path, object_names) for path in args.layout]
-    asked = bool(prompts or args.labels is not None or maps or objects)
+    vectors = request.resolve_vectors(config, args.vectors and read_vectors(args.vectors))
+    asked = bool(prompts or args.labels is not None or maps or objects or vectors is not None)
     given = dict(prompts=prompts or None, labels=classes or (None if args.labels is None else [args.labels]))
     fields = request.condition_fields(config)
     if not asked:
@@ -138,7 +140,8 @@ def plan(args: argparse.Namespace, config: Any) -> dict[str, Any]:
             given["labels"] = range(config.conditioning.num_classes)  # as evaluations do
     prompts, labels = request.resolve_conditions(
         config, given.get("prompts"), given.get("labels"), names)
-    conditions = max(map(len, (prompts or (), labels or (), objects or (), *maps.values())))
+    conditions = max(map(len, (prompts or (), labels or (), objects or (), () if vectors is None else vectors,
+                             *maps.values())))
     number = args.num_samples if args.num_samples is not None else conditions if asked else 16
     if number < 1:
         raise UserError(f"--num_samples {number} must be 1 or more")
@@ -149,8 +152,10 @@ def plan(args: argparse.Namespace, config: Any) -> dict[str, Any]:
             raise UserError(f"--{flag} {value} must be 1 or more")
     titles = titles if titles and len(titles) == conditions else [""] * max(1, conditions)
     given = maps | ({"layouts": objects} if objects else {})
+    files = {flag: getattr(args, flag) for flag in ("layout", "segmentation", "low_res", "image", "mask")
+             if getattr(args, flag)} | ({"vectors": [args.vectors]} if args.vectors else {})
     return dict(prompts=prompts, labels=labels, titles=titles, number=number, names=names, given=given, size=size,
-                object_names=object_names)
+                object_names=object_names, vectors=vectors, files=files)
 
 
 def read_maps(args: argparse.Namespace, config: Any) -> tuple[dict[str, np.ndarray], tuple[int, int] | None]:
@@ -163,26 +168,43 @@ def read_maps(args: argparse.Namespace, config: Any) -> tuple[dict[str, np.ndarr
             if len({picture.shape for picture in pictures}) > 1:
                 raise UserError(f"--{name}: all pictures must have the same size; sample those of another size apart")
             given[name] = np.stack(pictures)
-    if {"image", "mask"} <= set(given) and len(given["mask"]) not in (1, len(given["image"])):
-        raise UserError(f"{len(given['image'])} --image, {len(given['mask'])} --mask: give one mask, or one for each")
+    for path, classes in zip(args.segmentation, given.get("segmentation", ()), strict=True):
+        if "segmentation" in request.map_fields(config):
+            request.check_classes(classes, config, f"--segmentation {path}")
+    for path, mask in zip(args.mask, given.get("mask", ()), strict=True):
+        if not images.is_white(mask).any():
+            logging.warning("--mask %s has no white, so nothing is painted", path)
     return given, request.size_of_maps(config, request.resolve_maps(config, **given), args.size)
+
+
+def read_vectors(path: str) -> np.ndarray:
+    """The array of a .npy file."""
+    file = epath.Path(path)
+    if not file.is_file():
+        raise UserError(f"--vectors {path} does not exist")
+    try:
+        with file.open("rb") as opened:
+            return np.lib.format.read_array(opened, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"--vectors {path} is no .npy file of numbers: {error}") from error
 
 
 def read_picture(path: str, name: str, channels: int) -> np.ndarray:
     """A picture (H, W, channels), a mask (H, W), or a map of class numbers (H, W)."""
     file = epath.Path(path)
     if not file.is_file():
-        raise UserError(f"--{name} {path} does not exist")
+        raise UserError(f"--{name} {path} {'is a folder' if file.exists() else 'does not exist'}")
     try:
         if name == "segmentation":
             return transforms.decode_map(file.read_bytes())
-        pixels = transforms.flatten(transforms.decode(file.read_bytes()))
+        background = (0, 0, 0) if name == "mask" else (255, 255, 255)  # what is transparent is not painted
+        pixels = transforms.flatten(transforms.decode(file.read_bytes()), background)
         grey = transforms.set_channels(pixels, 1)[..., 0]
         return grey if name == "mask" else transforms.set_channels(pixels, channels)
     except UserError as error:
         raise UserError(f"--{name} {path}: {error}") from error
     except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"--{name} {path} is no image that can be read: {error}") from error
+        raise UserError(f"--{name} {path} is no image that can be read: {transforms.why(error)}") from error
 
 
 def claim_output(args: argparse.Namespace) -> epath.Path:
@@ -224,12 +246,14 @@ def run(args: argparse.Namespace) -> int:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(COMPILE_CACHE))
     parallel.initialize()
     first = parallel.is_first_process()  # every process draws all pictures with its own devices; one writes them
+    checkpoint.choose_step(args.workdir, args.step)
     output = claim_output(args) if first else None
     model = pipeline.LatentDiffusion.from_workdir(args.workdir, args.step)
     override_sampling(model.config, args)
     batches = model.sample_batches(
-        wanted["prompts"], wanted["labels"], **wanted["given"], num_samples=wanted["number"],
-        batch_size=args.batch_size, seed=args.seed, size=args.size, tile=args.tile, overlap=args.overlap)
+        wanted["prompts"], wanted["labels"], **wanted["given"], vectors=wanted["vectors"],
+        num_samples=wanted["number"], batch_size=args.batch_size, seed=args.seed, size=args.size, tile=args.tile,
+        overlap=args.overlap)
 
     if first and args.overwrite:
         for path in output.iterdir():
@@ -238,6 +262,7 @@ def run(args: argparse.Namespace) -> int:
     common = dict(
         workdir=args.workdir, step=model.step, seed=settings.seed, sampler=settings.sampler, steps=settings.steps,
         guidance_scale=settings.guidance_scale, eta=settings.eta, size=",".join(map(str, settings.size)))
+    common |= {"tile": settings.tile, "overlap": settings.overlap} if settings.tile else {}
     kept, number = [], 0
     try:
         bar = tqdm(total=wanted["number"], desc=f"{settings.sampler}, {settings.steps} steps", unit="picture",
@@ -269,8 +294,8 @@ def override_sampling(config: Any, args: argparse.Namespace) -> None:
 
 
 def describe(wanted: dict[str, Any], number: int) -> dict[str, Any]:
-    """Prompt, class number and class name of one picture, as far as it has them."""
-    found = {}
+    """Files, prompt, class number and class name of one picture, as far as it has them."""
+    found = {name: files[number % len(files)] for name, files in wanted["files"].items()}
     if wanted["prompts"]:
         found["prompt"] = wanted["prompts"][number % len(wanted["prompts"])]
     if wanted["labels"]:

@@ -1,14 +1,15 @@
 """Stage 1, KL-regularized autoencoders (paper section 3.1 and Table 8; the reference's configs/autoencoder/*kl*).
 
-    python train.py --config configs/autoencoder_kl.py:f8 --config.data.name=imagenet2012 --workdir DIR
+    python train.py --config configs/autoencoder_kl.py:f8,imagenet --workdir DIR
 
 Variants: f4, f8, f16, f32 (default f4), and rows of Table 8 that were not released: f2, f16_c8, f32_c16 (fewer
 channels). f1 is the identity, pixel space, which has nothing to train: give stage 2 first_stage.model.kind=identity.
-Modifiers: emoji (built-in 64x64 pictures, minutes on a CPU), small (64x64 pictures of your own, README.md), smoke
-(seconds). Arguments: size=PIXELS, folder=DIR (a folder of images instead of a TFDS set), channels=1 (grey images).
-The reference trained on one A100, batch 12 accumulated twice, on random crops. ImageNet-val reconstruction in its
-README: f4 rFID 0.27, PSNR 27.53 (177k steps); f8 0.90, 24.19 (247k); f16 0.87, 24.08 (443k); f32 2.04, 22.27 (407k);
-in Table 8: f2 0.086, 32.47; f16_c8 2.63, 21.94; f32_c16 7.3, 20.38. Not reproduced here yet.
+Modifiers: imagenet, openimages (what to train on), emoji (built-in 64x64 pictures, minutes on a CPU), small (64x64
+pictures of your own, README.md), smoke (seconds). Arguments: tfds=NAME (any TFDS set), folder=DIR (a folder of images),
+size=PIXELS, channels=1 (grey images).
+The reference trained on one A100, batch 12 accumulated twice, on random crops of ImageNet. ImageNet-val reconstruction
+in its README: f4 rFID 0.27, PSNR 27.53 (177k steps); f8 0.90, 24.19 (247k); f16 0.87, 24.08 (443k); f32 2.04, 22.27
+(407k); in Table 8: f2 0.086, 32.47; f16_c8 2.63, 21.94; f32_c16 7.3, 20.38. Not reproduced here yet.
 """
 
 from latent_diffusion import config as config_lib
@@ -71,4 +72,4 @@ def get_config(argument: str = ""):
     """The config that ``configs/autoencoder_kl.py:argument`` names."""
     return config_lib.resolve(argument, defaults.autoencoder(), file="configs/autoencoder_kl.py",
                               variants=VARIANTS, arguments=ARGUMENTS,
-                              modifiers={"emoji": EMOJI, "small": SMALL, "smoke": SMOKE})
+                              modifiers=defaults.SETS | {"emoji": EMOJI, "small": SMALL, "smoke": SMOKE})

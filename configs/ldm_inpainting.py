@@ -1,17 +1,17 @@
 """Stage 2, inpainting (paper section 4.5, Tables 6, 7 and 15): z_t is joined by the encoded picture without what is to
 be painted, and by the mask.
 
-    python train.py --config configs/ldm_inpainting.py:big --config.first_stage.workdir=AE --config.data.name=SET \\
+    python train.py --config configs/ldm_inpainting.py:big,tfds=places365_small --config.first_stage.workdir=AE \\
         --workdir DIR
     python sample.py --workdir DIR --image picture.png --mask mask.png
 
 Variants: big (the released inpainting_big: 387,245,827 parameters; the paper: Places, FID 2.40 / LPIPS 0.142 without
-finetuning at 512 pixels), ldm4 (215M, Table 6: batch 128, 360k steps on Places at 256 pixels; that table's rows "KL,
-with attention", "VQ, with" and "without attention" differ in the first stage), ldm1 (the same in pixels). big and ldm4
-take a VQ-f4 first stage, big the one without attention; nothing has been reproduced here yet. The rate is that of the
-released config at its peak, 1e-7 x batch, but decays over all steps instead of the first 50,000.
+finetuning at 512 pixels), ldm4 (215M, Table 6: batch 128, 360k steps on Places at 256 pixels, eight V100s; that table's
+rows "KL, with attention", "VQ, with" and "without attention" differ in the first stage), ldm1 (the same in pixels). big
+and ldm4 take a VQ-f4 first stage, big the one without attention; nothing has been reproduced here yet. The rate is that
+of the released config at its peak, 1e-7 x batch, but decays over all steps instead of the first 50,000.
 Modifiers: emoji (built-in pictures, minutes on a CPU), small (64-pixel pictures of your own), smoke (seconds).
-Arguments: size=PIXELS, folder=DIR.
+Arguments: size=PIXELS, tfds=NAME, folder=DIR.
 """
 
 from latent_diffusion import config as config_lib

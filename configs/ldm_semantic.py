@@ -1,15 +1,15 @@
 """Stage 2, semantic synthesis (paper section 4.3.2 and Table 15): a map of classes, rescaled, is joined to z_t.
 
-    python train.py --config configs/ldm_semantic.py:landscapes256 --config.first_stage.workdir=AE \\
-        --config.data.source=folder --config.data.path=PICTURES --workdir DIR
+    python train.py --config configs/ldm_semantic.py:landscapes256,folder=PICTURES --config.first_stage.workdir=AE \\
+        --workdir DIR
     python sample.py --workdir DIR --segmentation map.png
 
 Variants: landscapes256, landscapes512 (the released models, f = 4 on VQ latents, 215,229,315 parameters and 546 in the
-rescaler, 182 classes; the paper: batch 48, 360k steps). Their attention_resolutions never occur, so that only the
-middle has attention. Neither the data nor scores are published; nothing has been reproduced here yet.
+rescaler, 182 classes; the paper: batch 48, 360k steps, one A100). Their attention_resolutions never occur, so that only
+the middle has attention. Neither the data nor scores are published; nothing has been reproduced here yet.
 Modifiers: emoji (built-in scenes, minutes on a CPU; train its autoencoder with configs/autoencoder_kl.py:emoji
 --config.data.source=emoji_scenes), small (64-pixel pictures of your own), smoke (seconds).
-Arguments: size=PIXELS, folder=DIR (images with a captions.jsonl that names maps, docs/data.md).
+Arguments: size=PIXELS, tfds=NAME, folder=DIR (images with a captions.jsonl that names maps, docs/data.md).
 """
 
 from latent_diffusion import config as config_lib

@@ -1,14 +1,14 @@
 """Stage 2, super-resolution x4 (paper section 4.4, Tables 5, 11 and 15): the small picture is joined to z_t.
 
-    python train.py --config configs/ldm_superres.py:bicubic --config.first_stage.workdir=AE --config.data.name=SET \\
+    python train.py --config configs/ldm_superres.py:bicubic,tfds=imagenet2012 --config.first_stage.workdir=AE \\
         --workdir DIR
     python sample.py --workdir DIR --low_res picture.png
 
-Variants: bicubic (ImageNet 64 -> 256; the paper: batch 64, 860k steps, FID 2.8 / 4.8 against validation / training
-pictures, PSNR 24.4 dB with 100 steps), bsr (the released bsr_sr model, same networks, degraded as by bsrgan_light). The
-first stage is VQ-f4; nothing has been reproduced here yet. 113,622,563 parameters in the UNet.
+Variants: bicubic (ImageNet 64 -> 256; the paper: batch 64, 860k steps on one A100, FID 2.8 / 4.8 against validation /
+training pictures, PSNR 24.4 dB with 100 steps), bsr (the released bsr_sr model, same networks, degraded as by
+bsrgan_light). The first stage is VQ-f4; nothing has been reproduced here yet. 113,622,563 parameters in the UNet.
 Modifiers: emoji (built-in pictures, minutes on a CPU), small (64-pixel pictures of your own), smoke (seconds).
-Arguments: size=PIXELS, folder=DIR.
+Arguments: size=PIXELS, tfds=NAME, folder=DIR.
 """
 
 from latent_diffusion import config as config_lib

@@ -1,6 +1,6 @@
 """Stage 2, text-to-image (paper section 4.3.1; the reference's configs/latent-diffusion/txt2img-1p4B-eval.yaml).
 
-    python train.py --config configs/ldm_text.py:txt2img_1p4b --config.first_stage.workdir=AE --config.data.name=SET \\
+    python train.py --config configs/ldm_text.py:txt2img_1p4b,folder=PICTURES --config.first_stage.workdir=AE \\
         --workdir DIR
 
 Variants: txt2img_1p4b (LDM-KL-8 with a 32-layer text transformer, 872M + 582M parameters; the paper: batch 680, 390k
@@ -13,7 +13,7 @@ pixels, a UNet of 859,520,964 parameters under CLIP ViT-L/14's frozen text encod
 
 Modifiers: emoji (built-in pictures, text and class conditions, minutes on a CPU), small (64x64 pictures of your own,
 docs/own_pictures.md), smoke (seconds).
-Arguments: size=PIXELS, folder=DIR (images with a captions.jsonl).
+Arguments: size=PIXELS, tfds=NAME, folder=DIR (images with a captions.jsonl).
 """
 
 from latent_diffusion import config as config_lib

@@ -1,12 +1,13 @@
 """Stage 2, unconditional (paper Tables 1 and 12; the reference's configs/latent-diffusion/*-ldm-*.yaml).
 
-    python train.py --config configs/ldm_unconditional.py:ffhq256 --config.first_stage.workdir=AE \\
-        --config.data.source=folder --config.data.path=FFHQ --workdir DIR
+    python train.py --config configs/ldm_unconditional.py:ffhq256,folder=FFHQ --config.first_stage.workdir=AE \\
+        --workdir DIR
 
-Variants and the paper's scores (FID, 50k samples; not reproduced here yet): celebahq256 5.11 (410k steps, batch 48),
-ffhq256 4.98 (635k, 42), lsun_churches256 4.02 (500k, 96), lsun_bedrooms256 2.95 (1.9M, 48); and the sweep over f of
-Table 14 on CelebA-HQ (500k steps each): ldm1, ldm2, ldm4, ldm8, ldm16, ldm32. Modifiers: emoji (built-in pictures),
-small (64x64 pictures of your own, README.md), smoke (seconds). Arguments: size=PIXELS, folder=DIR.
+Variants and the paper's scores (FID, 50k samples; not reproduced here yet), with its time on one A100 (in days of a
+V100, Table 18): celebahq256 5.11 (410k steps, batch 48, 14.4 days), ffhq256 4.98 (635k, 42, 26 days), lsun_churches256
+4.02 (500k, 96, 18 days), lsun_bedrooms256 2.95 (1.9M, 48, 60 days); and the sweep over f of Table 14 on CelebA-HQ (500k
+steps each): ldm1, ldm2, ldm4, ldm8, ldm16, ldm32. Modifiers: emoji (built-in pictures), small (64x64 pictures of your
+own, README.md), smoke (seconds). Arguments: size=PIXELS, tfds=NAME, folder=DIR.
 """
 
 from latent_diffusion import config as config_lib

@@ -140,6 +140,11 @@ def load(
     return trees, metadata, step
 
 
+def choose_step(workdir: epath.PathLike, step: int | None) -> int:
+    """The step that `load` would read. Raises UserError if there is no such complete checkpoint."""
+    return _choose_step(_absolute(workdir) / CHECKPOINTS, step)
+
+
 def latest_step(workdir: epath.PathLike) -> int | None:
     """Step of the newest complete checkpoint of `workdir`, or None. Saves in progress or killed do not count."""
     return max(ocp.utils.checkpoint_steps(_absolute(workdir) / CHECKPOINTS), default=None)

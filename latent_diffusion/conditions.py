@@ -16,7 +16,8 @@ from jaxtyping import Int
 from latent_diffusion import clip_tokens, tokens
 from latent_diffusion.errors import UserError, read_text
 
-SEQUENCES = {"class": "label", "text": "tokens", "layout": "layout"}  # conditioning.crossattn -> what a batch calls it
+# conditioning.crossattn -> what a batch calls it
+SEQUENCES = {"class": "label", "text": "tokens", "layout": "layout", "vectors": "vectors"}
 MAPS = {"none": (), "segmentation": ("segmentation",), "low_res": ("low_res",), "inpainting": ("image", "mask")}
 VOCABULARY = "vocab.txt"
 PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
@@ -218,7 +219,7 @@ def parse_label(text: str, names: Sequence[str], where: str = "") -> int:
         return int(entry)
     near = difflib.get_close_matches(entry.lower(), by_name, n=1)
     shown = ", ".join(f"{i} {name}" for i, name in enumerate(names[:50])) + (", ..." if len(names) > 50 else "")
-    raise UserError(f"{where}unknown label {entry!r}" + (f", perhaps {near[0]!r}?" if near else "") +
+    raise UserError(f"{where}unknown label {entry!r}" + (f" (perhaps {near[0]!r})" if near else "") +
                     f"; choose from: {shown}")
 
 

@@ -79,10 +79,12 @@ def resolve(
 
 
 def data_arguments(stage: str) -> dict[str, tuple[type, Callable[[Any], dict]]]:
-    """Typed arguments that every file takes: ``size=PIXELS``, ``folder=DIR`` and, for stage 1, ``channels=1``."""
+    """Typed arguments that every file takes: ``size=PIXELS``, ``folder=DIR``, ``tfds=NAME`` and, for stage 1,
+    ``channels=1``."""
     arguments = {
         "size": (int, lambda size: dict(data=dict(image_size=size))),
         "folder": (str, lambda folder: dict(data=dict(source="folder", path=folder))),
+        "tfds": (str, lambda name: dict(data=dict(source="tfds", name=name))),
     }
     if stage == "autoencoder":
         arguments["channels"] = (int, lambda n: dict(
@@ -144,6 +146,7 @@ CHOICES = {
     "optimizer.name": ("adam", "adamw", "muon", "sgd"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "sampling.sampler": ("ddpm", "ddim"),
+    "sampling.spacing": ("clean", "reference"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
 }
@@ -172,11 +175,13 @@ POSITIVE = (
     "optimizer.learning_rate", "checkpoint.every", "checkpoint.keep", "evaluation.num_images", "sampling.steps",
     "data.threads", "conditioning.low_res.factor", "conditioning.segmentation.channels",
     "conditioning.layout.max_objects", "conditioning.layout.heads", "conditioning.text.heads",
+    "conditioning.layout.head_dim", "conditioning.text.head_dim", "conditioning.layout.max_length",
+    "conditioning.text.max_length", "conditioning.layout.vocab_size", "conditioning.text.vocab_size",
 )
 
 
 NOT_NEGATIVE = ("training.image_every", "evaluation.every", "optimizer.warmup_steps", "optimizer.clip_norm",
-                "data.workers", "evaluation.max_batches")
+                "data.workers", "evaluation.max_batches", "conditioning.layout.layers", "conditioning.text.layers")
 
 
 def _value_mistakes(config: ConfigDict, flat: dict[str, Any]) -> list[str]:
@@ -190,7 +195,7 @@ def _value_mistakes(config: ConfigDict, flat: dict[str, Any]) -> list[str]:
     if config.stage == "autoencoder" and config.model.kind == "identity":
         return ["model.kind='identity' has nothing to train: leave stage 1 out and set first_stage.model.kind=identity "
                 "in stage 2"]
-    mistakes += [f"{key}={flat[key]!r} must be 0 or above" for key in NOT_NEGATIVE if not flat[key] >= 0]
+    mistakes += [f"{key}={flat[key]!r} must be 0 or above" for key in NOT_NEGATIVE if not flat.get(key, 0) >= 0]
     mistakes += [f"{key}={flat[key]!r} must lie in [0, 1)" for key in (
         "ema.decay", "data.holdout", "conditioning.dropout", "conditioning.text_dropout", "conditioning.label_dropout",
     ) if key in flat and not 0 <= flat[key] < 1]
@@ -237,7 +242,8 @@ def _size_mistakes(config: ConfigDict) -> list[str]:
         down = sizes.unet_factor(config)
         if size // factor % down:
             mistakes.append(f"the latents are {size // factor} wide, which the UNet's {down}x downsampling "
-                            f"(len(model.channel_mult)={len(config.model.channel_mult)}) does not divide")
+                            f"(len(model.channel_mult)={len(config.model.channel_mult)}) does not divide; the nearest "
+                            f"data.image_size is {max(1, round(size / factor / down)) * factor * down}")
         if config.sampling.steps > config.diffusion.timesteps:
             mistakes.append(f"sampling.steps={config.sampling.steps} exceeds "
                             f"diffusion.timesteps={config.diffusion.timesteps}")
@@ -253,6 +259,15 @@ def _conditioning_mistakes(config: ConfigDict, latent_size: int) -> list[str]:
         if config.model.context_dim != options.width:
             mistakes.append(f"model.context_dim={config.model.context_dim} and conditioning.width={options.width} must "
                             "be equal")
+    elif config.model.context_dim:
+        mistakes.append(f"model.context_dim={config.model.context_dim} but conditioning.crossattn='none' gives "
+                        "cross-attention nothing; set it to 0, or choose a condition")
+    if options.text.weights and not (options.crossattn == "text" and options.text.kind == "clip"):
+        mistakes.append("conditioning.text.weights is for conditioning.crossattn='text' with "
+                        "conditioning.text.kind='clip'; leave it empty")
+    if not options.null_class and (options.dropout or options.label_dropout):
+        mistakes.append("conditioning.null_class=False leaves no class for conditioning.dropout and label_dropout; set "
+                        "them to 0")
     if options.crossattn == "text" and options.text.kind == "clip" and (
             options.text.heads * options.text.head_dim != options.width):
         mistakes.append(f"conditioning.text: {options.text.heads} heads of {options.text.head_dim} channels, but CLIP "
@@ -293,6 +308,9 @@ def validate(config: ConfigDict, *, num_devices: int = 1, num_processes: int = 1
         mistakes += [f"first_stage.cache cannot hold random variants of an image but its mirror image: set "
                      f"data.{key}={plain!r}, or leave the cache out" for key, plain in (
                          ("crop", "center"), ("background", "white")) if config.data[key] == "random"]
-    mistakes += _level_mistakes(flatten(config)) or _size_mistakes(config)
+    flat = flatten(config)
+    impossible = any(  # then nothing can be said of sizes
+        flat.get(key, 1) <= 0 for key in POSITIVE if key.startswith(("data.image_size", "conditioning.")))
+    mistakes += _level_mistakes(flat) or ([] if impossible else _size_mistakes(config))
     if mistakes:
         raise UserError("config: " + "; ".join(mistakes))

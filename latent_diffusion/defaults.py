@@ -104,7 +104,11 @@ def _common() -> dict:
             num_images=16,        # pictures in the logged grids
         ),
         checkpoint=dict(every=5000, keep=2),
-        sampling=dict(sampler="ddim", steps=50, eta=0.0, guidance_scale=1.0, prompts=(), labels=()),
+        sampling=dict(
+            sampler="ddim", steps=50, eta=0.0, guidance_scale=1.0, prompts=(), labels=(),
+            clip_x0=False,        # clip what is predicted for the data to [-1, 1] at each step; for pixels only
+            spacing="clean",      # clean | reference: the timesteps of CompVis latent-diffusion, for imported models
+        ),
     )
 
 
@@ -151,14 +155,16 @@ def diffusion() -> ConfigDict:
         first_stage=dict(
             workdir="",           # the stage-1 workdir; its weights are copied into this run's workdir
             scale_factor=0.0,     # latents are multiplied by it; 0 = measure 1/std on the first batches
+            scale_by_std=False,   # imported models: the factor was measured there, and is part of the weights
             cache="",             # folder of the latents cache (written when missing); "" = encode online
             model=_autoencoder_model(),
         ),
         conditioning=dict(
-            crossattn="none",     # none | class | text | layout: tau_theta, seen by cross-attention
+            crossattn="none",     # none | class | text | layout | vectors: tau_theta, seen by cross-attention
             label=False,          # class embedding added to the time embedding
             concat="none",        # none | segmentation | low_res | inpainting: joined to z_t channel by channel
-            num_classes=0,        # 0 = from the data; one more row is the null class
+            num_classes=0,        # 0 = from the data
+            null_class=True,      # one more row of the class table stands for "no class"
             width=512,            # width of tau_theta's output
             dropout=0.1,          # probability of training with the null condition (classifier-free guidance)
             text_dropout=0.0,     # in addition, of dropping the text alone
@@ -175,7 +181,7 @@ def diffusion() -> ConfigDict:
                 form="boxes",     # boxes (class, two corners) | centers (class, center)
                 max_objects=30,   # per picture
                 crop=True,        # add the crop of the picture as two tokens
-                flags=True,       # object classes times group/occluded/depiction/inside
+                flags="all",      # none | group | all (and occluded, depiction, inside): object classes times 1, 2, 16
                 vocab_size=8192,  # object classes, places and "none" share it; places lie on a grid of its root's side
                 max_length=92,    # 3 (or 2) tokens an object, 2 for the crop
                 layers=16, heads=8, head_dim=64,
@@ -206,6 +212,15 @@ def diffusion() -> ConfigDict:
     ))
     config.optimizer.update(dict(name="adamw", learning_rate=1e-6, b1=0.9, b2=0.999, weight_decay=0.01))
     return config.lock()
+
+
+# --- modifiers -------------------------------------------------------------------------------------------------------
+
+
+SETS = {  # the sets that the paper's autoencoders were trained on, as TFDS calls them
+    "imagenet": dict(data=dict(source="tfds", name="imagenet2012")),
+    "openimages": dict(data=dict(source="tfds", name="open_images_v4/300k")),
+}
 
 
 # --- modifiers of stage 2 --------------------------------------------------------------------------------------------

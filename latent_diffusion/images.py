@@ -11,6 +11,8 @@ from etils import epath
 from jaxtyping import Bool, Float, Int, Num, UInt8
 from PIL import Image, ImageColor, ImageDraw, ImageFont, PngImagePlugin
 
+from latent_diffusion import layouts
+
 TEXT_SIZE = 13  # pixels
 TITLE_SIZE = 16
 MAX_LINES = 4  # of text under one picture
@@ -63,16 +65,19 @@ def color_map(classes: Int[np.ndarray, "h w"], channels: int = 3) -> UInt8[np.nd
 
 
 def draw_boxes(
-    boxes: Float[np.ndarray, "n 4"], names: Sequence[str], shape: tuple[int, ...]
+    boxes: Float[np.ndarray, "n 4"], names: Sequence[str], picture: UInt8[np.ndarray, "h w c"]
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Boxes (left, top, width, height in [0, 1]) with their names on white."""
-    height, width, channels = shape
-    canvas = Image.new("RGB", (width, height), PAPER)
+    """A picture with boxes (left, top, width, height in [0, 1]) and their names on it; of size 0, they are points."""
+    height, width, channels = picture.shape
+    canvas = _to_pil(picture).convert("RGB")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(max(8, min(TEXT_SIZE, width // 10)))
     for number, (box, name) in enumerate(zip(boxes, names, strict=True), start=1):
         left, top, right, bottom = (round(x * side) for x, side in zip(
             (box[0], box[1], box[0] + box[2], box[1] + box[3]), (width - 1, height - 1) * 2, strict=True))
-        draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=class_color(number))
+        if (left, top) == (right, bottom):
+            draw.ellipse((left - 2, top - 2, left + 2, top + 2), fill=class_color(number))
+        else:
+            draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=class_color(number))
         draw.text((left + 2, top + 1), name, class_color(number), font)
     pixels = np.asarray(canvas)
     return pixels if channels == 3 else pixels.mean(axis=-1, keepdims=True).astype(np.uint8)
@@ -93,8 +98,18 @@ def condition(
         return fill(row["image"], is_white(row["mask"].reshape(*shape[:2], 1)))
     if "segmentation" in row:
         return color_map(row["segmentation"], shape[2])
-    objects = row["layouts"]
-    return draw_boxes(objects.boxes, [object_names[i] for i in objects.labels], shape)
+    return draw_objects(row["layouts"], object_names, np.full(shape, 255, np.uint8))
+
+
+def draw_objects(
+    objects: layouts.Objects, object_names: Sequence[str], picture: UInt8[np.ndarray, "h w c"]
+) -> UInt8[np.ndarray, "h w c"]:
+    """A picture with the boxes, names and flags of objects on it."""
+    flags = objects.flags if objects.flags is not None else np.zeros((len(objects), len(layouts.FLAGS)), bool)
+    known = [object_names[label] if label < len(object_names) else str(label) for label in objects.labels]
+    told = [[flag for flag, on in zip(layouts.FLAGS, row, strict=True) if on] for row in flags]
+    names = [", ".join([name, *more]) for name, more in zip(known, told, strict=True)]
+    return draw_boxes(objects.boxes, names, picture)
 
 
 def is_white(mask: Num[np.ndarray, "..."] | Bool[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:

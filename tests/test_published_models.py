@@ -22,18 +22,21 @@ RELEASED = {  # config:variant -> first stage, UNet, conditioner (all but its he
     "ldm_unconditional:ffhq256": ("autoencoder_vq:f4", 274_056_163, 0),
     "ldm_unconditional:lsun_bedrooms256": ("autoencoder_vq:f4", 274_056_163, 0),
     "ldm_unconditional:lsun_churches256": ("autoencoder_kl:f8", 294_966_916, 0),
-    "ldm_class:cin256": ("autoencoder_vq:f8", 394_984_196, 1001 * 512),
+    "ldm_class:cin256": ("autoencoder_vq:f8", 394_984_196, 1000 * 512),
     "ldm_class:cin256_v2": ("autoencoder_vq:f4", 400_920_579, 1001 * 512),
     "ldm_text:cc256": ("autoencoder_vq:f4", 403_623_939, 186_154_682 - CC_HEAD),
     "ldm_text:txt2img_1p4b": ("autoencoder_kl:f8", 872_300_484, 581_994_042 - BERT_HEAD),
     "ldm_text:sd_v1": ("autoencoder_kl:f8", 859_520_964, 0),  # its text encoder is frozen, see below
     "ldm_layout:openimages": ("autoencoder_vq:f4", 246_277_379, 58_858_496 - LAYOUT_HEAD),
+    "ldm_layout:coco": ("autoencoder_vq:f8", 312_241_540, 58_858_496 - LAYOUT_HEAD),  # our count, see the config
     "ldm_semantic:landscapes256": ("autoencoder_vq:f4", 215_229_315, 546),
     "ldm_semantic:landscapes512": ("autoencoder_vq:f4", 215_229_315, 546),
     "ldm_superres:bsr": ("autoencoder_vq:f4", 113_622_563, 0),
+    "ldm_superres:bicubic": ("autoencoder_vq:f4", 113_622_563, 0),
+    "ldm_inpainting:ldm4": ("autoencoder_vq:f4", 215_229_315 + 9 * 128, 0),  # the semantic model and a channel more
     "ldm_inpainting:big": ("autoencoder_vq:f4_noattn", 387_245_827, 0),
     "pixel_diffusion:ldm1_celebahq256": (None, 270_458_115, 0),
-    "pixel_diffusion:adm256": (None, 553_838_086 - 3 * (256 * 9 + 1) + 4 * 256, 0),  # eps alone; a null class
+    "pixel_diffusion:adm256": (None, 553_838_086 - 3 * (256 * 9 + 1), 0),  # eps alone
 }
 FIRST_STAGES = {
     "autoencoder_kl:f4": 55_312_063, "autoencoder_kl:f8": 83_653_863, "autoencoder_kl:f16": 69_610_963,

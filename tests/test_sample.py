@@ -89,6 +89,14 @@ def test_prompts_in_titled_parts(workdirs, tmp_path, capsys):
     assert "4 pictures" in printed and str(out / "samples.png") in printed
 
 
+def test_what_is_transparent_in_a_mask_is_known(tmp_path):
+    layer = np.zeros((4, 4, 4), np.uint8)
+    layer[1, 1] = 255  # what an editor saves: white where one painted, nothing elsewhere
+    Image.fromarray(layer).save(tmp_path / "mask.png")
+    mask = sample.read_picture(str(tmp_path / "mask.png"), "mask", 3)
+    np.testing.assert_array_equal(mask, layer[..., 3])
+
+
 def test_unconditional_defaults(workdirs, tmp_path):
     out = tmp_path / "out"
     assert sample.main(["--workdir", str(workdirs / "none"), "--steps", "1", "--no-npz", "--output", str(out)]) == 0
@@ -120,10 +128,10 @@ MISTAKES = [
     ("none", ["--steps", "x"], "argument --steps: invalid int value: 'x'"),
     ("none", ["--size", "18,30"], "the nearest size is 16,32"),
     ("none", ["--size", "big"], "argument --size: 'big' is not H,W"),
-    ("none", ["--prompt", "a"], "takes no text"),
-    ("class", ["--prompt", "a"], "takes no text; sample it without prompts, with labels"),
-    ("none", ["--labels", "1"], "has no classes"),
-    ("text", ["--labels", "1"], "has no classes; sample it without labels, with prompts"),
+    ("none", ["--prompt", "a"], "takes no prompts; it takes no condition"),
+    ("class", ["--prompt", "a"], "takes no prompts; it takes labels"),
+    ("none", ["--labels", "1"], "takes no labels"),
+    ("text", ["--labels", "1"], "takes no labels; it takes prompts"),
     ("class", ["--labels", "1,9"], "unknown label '9'; choose from: 0 food, 1 flags"),
     ("class", ["--labels", ""], "unknown label ''"),
     ("text", ["--prompt", " "], "empty prompt"),
@@ -137,7 +145,7 @@ MISTAKES = [
     ("none", ["--bogus"], "unrecognized arguments: --bogus"),
     ("class", ["--layout", "{root}/boxes.json"], "takes no layouts"),
     ("layout", ["--layout", "nowhere.json"], "layout nowhere.json does not exist"),
-    ("layout", ["--layout", "{root}/boxes.json"], "object 0: unknown label 'flag', perhaps 'flags'?"),
+    ("layout", ["--layout", "{root}/boxes.json"], "object 0: unknown label 'flag' (perhaps 'flags')"),
     ("layout", ["--layout", "{root}/outside.json"], "object 0: box [0.1, 0.1, 1.5, 0.5] must have 0 <= left"),
     ("layout", ["--layout", "{root}/nines.png"], "nines.png is not UTF-8"),
     ("segmentation", [], "this model needs segmentation"),
@@ -145,13 +153,14 @@ MISTAKES = [
     ("segmentation", ["--segmentation", "{root}/black.png"], "must be a grey or palette image"),
     ("low_res", ["--low_res", "nowhere.png"], "--low_res nowhere.png does not exist"),
     ("low_res", ["--low_res", "{root}/boxes.json"], "boxes.json is no image that can be read"),
-    ("low_res", ["--low_res", "{root}/odd.png"], "size (2 x low_res)=16,14: height and width must be multiples of 4"),
+    ("low_res", ["--low_res", "{root}/odd.png"],
+     "size (of low_res)=8,7: height and width must be multiples of 2 (of the UNet); the nearest size is 8,8"),
     ("low_res", ["--low_res", "{root}/odd.png", "--low_res", "{root}/black.png"], "must have the same size"),
     ("inpainting", ["--image", "{root}/black.png"], "needs image and mask; mask is missing"),
     ("inpainting", ["--image", "{root}/black.png", "--mask", "{root}/white8.png"], "8x8 pixels, the picture 16x16"),
     ("none", ["--tile", "6"], "tile=6,6: height and width must be multiples of 4"),
     ("none", ["--overlap", "4"], "give tile as well"),
-    ("none", ["--tile", "8", "--overlap", "8"], "overlap=8 must be a multiple of 2, 0 or above and below tile=8"),
+    ("none", ["--tile", "8", "--overlap", "8"], "overlap=8 must be a multiple of 2 from 0 to 6, less than tile"),
     ("nowhere", [], "does not exist"),
     ("stage1", [], "holds an autoencoder (stage 1); give the workdir of a stage-2 run"),
     ("untrained", [], "holds no complete checkpoint"),

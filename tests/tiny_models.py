@@ -33,7 +33,7 @@ def config(kind: str, **conditioning):
         c.conditioning.update(
             crossattn=sequence, concat=concat, label=kind in ("class", "both"), num_classes=len(LABELS), width=16)
         c.conditioning.layout.update(
-            num_classes=4, vocab_size=64, max_objects=2, max_length=8, flags=False, layers=1, heads=2, head_dim=8)
+            num_classes=4, vocab_size=64, max_objects=2, max_length=8, flags="none", layers=1, heads=2, head_dim=8)
         c.conditioning.segmentation.num_classes = 5
         c.conditioning.low_res.factor = 2
         c.model.in_channels = 4 + sizes.map_channels(c)

@@ -70,13 +70,17 @@ class FolderExamples:
         return example
 
 
-def open_folder(path: epath.Path | None, split: str, *, holdout: float, on_corrupt: str) -> FolderExamples:
+def open_folder(
+    path: epath.Path | None, split: str, *, holdout: float, on_corrupt: str, with_maps: bool = True,
+    with_objects: bool = True,
+) -> FolderExamples:
     """Opens the "train" or "eval" part of a folder of images, found at any depth.
 
     The parts are the sub-folders train/ and validation/ (or val/, test/) where both exist; else a file is held out when
     the hash of its relative path says so (a share of `holdout`; at least one file), so adding files moves none.
     Labels: "label" (a name or a number) in captions.jsonl, else the first sub-folder, where there are two or more.
-    Semantic maps and objects: "map" (a file beside captions.jsonl) and "objects" (as in `layouts.read`) there.
+    Semantic maps and objects: "map" (a file beside captions.jsonl) and "objects" (as in `layouts.read`) there; they are
+    looked at if asked for: maps are all read, for the number of classes.
     Every file is checked (header and end; PNG checksums) before this returns.
 
     Raises UserError: no folder, no images, a bad line in captions.jsonl, an image without a line there, nothing held
@@ -97,10 +101,10 @@ def open_folder(path: epath.Path | None, split: str, *, holdout: float, on_corru
     root, names, all_names = _choose(path, roots, split, holdout, {row["map"] for row in every})
     table = tables[root]
     names, corrupt = _check(root, names, on_corrupt)
+    maps, map_names = _maps(root, names, table, every) if with_maps else ([], ())
+    objects, object_names = _objects(names, table, every) if with_objects else ([], ())
     captions = _captions(root, names, table)
     labels, label_names = _labels(names, all_names, table, every)
-    maps, map_names = _maps(names, table, every)
-    objects, object_names = _objects(names, table, every)
     return FolderExamples(
         root, names, labels=labels, label_names=label_names, captions=captions, maps=maps, map_names=map_names,
         objects=objects, object_names=object_names, on_corrupt=on_corrupt, corrupt=corrupt)
@@ -188,8 +192,7 @@ def _problem(path: epath.Path) -> Exception | None:
 
 
 def _corrupt(path: epath.Path, error: Exception) -> UserError:
-    reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error) or type(error).__name__
-    return UserError(f"corrupt image {path}: {reason}; remove it, or set data.on_corrupt=skip")
+    return UserError(f"corrupt image {path}: {transforms.why(error)}; remove it, or set data.on_corrupt=skip")
 
 
 def _read_captions(folder: epath.Path, root: epath.Path) -> dict[str, dict]:
@@ -217,17 +220,39 @@ def _read_captions(folder: epath.Path, root: epath.Path) -> dict[str, dict]:
     return table
 
 
-def _maps(names: Sequence[str], table: dict[str, dict], every) -> tuple[list[epath.Path], tuple[str, ...]]:
-    """The map of each image, and the numbers of the classes that occur in all maps of both splits."""
+def _maps(
+    root: epath.Path, names: Sequence[str], table: dict[str, dict], every
+) -> tuple[list[epath.Path], tuple[str, ...]]:
+    """The map of each image, which has its size, and the numbers of the classes up to the last in maps of both
+    splits."""
     places = {name: row["map"] for name, row in table.items() if row["map"] is not None}
     if not places:
         return [], ()
     missing = [name for name in names if name not in places]
     if missing:
         raise UserError(f"{CAPTIONS}: {len(missing)} of {len(names)} images lack a map; the first is {missing[0]}")
+    picture_of = {row["map"]: None for row in every} | {places[name]: root / name for name in names}
+    picture_of.pop(None, None)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        largest = max(pool.map(lambda place: int(_read_map(place).max()), {row["map"] for row in every} - {None}))
-    return [places[name] for name in names], tuple(map(str, range(largest + 1)))
+        found = set().union(*tqdm(pool.map(_classes_of, picture_of, picture_of.values()), "reading maps",
+                                  len(picture_of), delay=2))
+    classes = 1 + max(found)
+    if classes == 256 and 254 not in found:
+        rest = found - {255} or found
+        logging.warning("the maps have the classes %d to %d, and 255, which counts as a class like the others: if it "
+                        'stands for "no class", number it after the last one', min(rest), max(rest))
+    return [places[name] for name in names], tuple(map(str, range(classes)))
+
+
+def _classes_of(place: epath.Path, picture: epath.Path | None) -> set[int]:
+    """The class numbers in a map, which must have the size of its picture."""
+    classes = _read_map(place)
+    if picture is not None:
+        with Image.open(io.BytesIO(picture.read_bytes())) as image:
+            width, height = image.size
+        if (height, width) != classes.shape and transforms.decode(picture.read_bytes()).shape[:2] != classes.shape:
+            raise UserError(f"the map {place} has another size than {picture}")
+    return set(np.unique(classes).tolist())
 
 
 def _read_map(path: epath.Path) -> np.ndarray:
@@ -236,7 +261,7 @@ def _read_map(path: epath.Path) -> np.ndarray:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # Pillow raises many types
-        raise UserError(f"the map {path} cannot be read: {error}") from error
+        raise UserError(f"the map {path} cannot be read: {transforms.why(error)}") from error
 
 
 def _objects(names: Sequence[str], table: dict[str, dict], every) -> tuple[list[layouts.Objects], tuple[str, ...]]:
@@ -247,11 +272,20 @@ def _objects(names: Sequence[str], table: dict[str, dict], every) -> tuple[list[
     missing = [name for name in names if name not in rows]
     if missing:
         raise UserError(f"{CAPTIONS}: {len(missing)} of {len(names)} images lack objects; the first is {missing[0]}")
-    object_names = tuple(sorted({
-        str(thing["label"]) for row in every if isinstance(row["objects"], list)
-        for thing in row["objects"] if isinstance(thing, dict) and "label" in thing}))
+    object_names = _class_names({
+        thing["label"] for row in every if isinstance(row["objects"], list)
+        for thing in row["objects"] if isinstance(thing, dict) and isinstance(thing.get("label"), str | int)})
     parsed = {name: layouts.from_rows(row["objects"], object_names, row["where"]) for name, row in rows.items()}
     return [parsed[name] for name in names], object_names
+
+
+def _class_names(labels: set[str | int]) -> tuple[str, ...]:
+    """The names of classes in order of their numbers: labels that are all numbers keep them, others are sorted."""
+    if labels and all(isinstance(label, int) for label in labels):
+        if min(labels) < 0:
+            raise UserError(f"{CAPTIONS}: label {min(labels)} is negative")
+        return tuple(map(str, range(max(labels) + 1)))
+    return tuple(sorted(map(str, labels)))
 
 
 def _captions(root: epath.Path, names: Sequence[str], table: dict[str, dict]) -> list[str] | None:
@@ -272,12 +306,7 @@ def _labels(names: list[str], all_names: list[str], table: dict[str, dict], ever
         missing = [name for name in names if name not in given]
         if missing:
             raise UserError(f"{CAPTIONS}: {len(missing)} of {len(names)} images lack a label, first {missing[0]}")
-        values = {row["label"] for row in every} - {None}
-        if all(isinstance(value, int) for value in values):
-            if min(values) < 0:
-                raise UserError(f"{CAPTIONS}: label {min(values)} is negative")
-            return [given[name] for name in names], tuple(str(i) for i in range(max(values) + 1))
-        label_names = tuple(sorted(map(str, values)))
+        label_names = _class_names({row["label"] for row in every} - {None})
         return [label_names.index(str(given[name])) for name in names], label_names
     folders = sorted({name.split("/")[0] if "/" in name else "" for name in all_names})
     if "" in folders or len(folders) < 2:

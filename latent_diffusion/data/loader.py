@@ -65,7 +65,7 @@ def batches(
     if batch_size % process_count:
         raise UserError(f"training.batch_size={batch_size} does not divide among {process_count} processes")
     if source is None:
-        source = sources.open_source(config, "eval" if split == "eval" else "train")
+        source = sources.open_source(config, "eval" if split == "eval" else "train", fields=fields)
     _check_fields(source, fields, vocabulary)
     if split == "train" and len(source.source) < batch_size:
         raise UserError(

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -44,12 +44,14 @@ class Source:
     object_names: tuple[str, ...] = ()
 
 
-def open_source(config, split: str) -> Source:
+def open_source(config, split: str, *, fields: Collection[str] = ("segmentation", "layout")) -> Source:
     """Opens the training or the held-out part of the set that config.data describes.
 
     Args:
       config: needs `data` only.
       split: "train" or "eval".
+      fields: of a batch, see `loader.batches`; without "segmentation" no semantic map is read, without "layout" no
+        boxes.
 
     Raises UserError: unknown source, or anything wrong with the set (missing, not prepared, empty, ...).
     """
@@ -59,7 +61,11 @@ def open_source(config, split: str) -> Source:
                "memory": _open_memory}
     if config.data.source not in openers:
         raise UserError(f"data.source={config.data.source!r}: choose from {', '.join(openers)}")
-    return openers[config.data.source](config.data, split)
+    data = config.data.copy_and_resolve_references()
+    with data.unlocked():
+        for key, field in (("map_key", "segmentation"), ("objects_key", "layout")):
+            data[key] = data[key] if field in fields else ""
+    return openers[data.source](data, split)
 
 
 def prepare(config) -> None:
@@ -308,7 +314,8 @@ def _open_folder(data, split: str) -> Source:
     from latent_diffusion.data import folder
 
     path = epath.Path(data.path).expanduser() if data.path else None
-    examples = folder.open_folder(path, split, holdout=data.holdout, on_corrupt=data.on_corrupt)
+    examples = folder.open_folder(path, split, holdout=data.holdout, on_corrupt=data.on_corrupt,
+                                  with_maps=bool(data.map_key), with_objects=bool(data.objects_key))
     return Source(examples, examples.label_names, examples.captions, f"folder {data.path}", examples.map_names,
                   examples.object_names)
 

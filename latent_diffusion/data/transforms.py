@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from latent_diffusion.errors import UserError
 
@@ -116,13 +116,21 @@ def decode(content: bytes) -> UInt8[np.ndarray, "h w c"]:
 def decode_map(content: bytes) -> Int[np.ndarray, "h w"]:
     """Decodes a semantic map to int32 class numbers: a grey or palette image, whose values or palette indices they are.
 
-    Raises UserError for a color image, and what Pillow raises where the file is no image or is damaged.
+    Raises UserError for a color image or a JPEG, and what Pillow raises where the file is no image or is damaged.
     """
     with Image.open(io.BytesIO(content)) as image:
         image.load()
+        if image.format == "JPEG":
+            raise UserError("a semantic map must be exact, and JPEG changes numbers; save it as PNG")
         if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
             raise UserError(f"a semantic map must be a grey or palette image of class numbers, this is {image.mode}")
         return np.array(image).astype(np.int32)
+
+
+def why(error: Exception) -> str:
+    """What Pillow says is wrong with a file, without the file."""
+    known = {UnidentifiedImageError: "not an image", FileNotFoundError: "no such file"}
+    return known.get(type(error)) or str(error) or type(error).__name__
 
 
 def flatten(image: UInt8[np.ndarray, "h w c"], color=(255, 255, 255)) -> UInt8[np.ndarray, "h w d"]:

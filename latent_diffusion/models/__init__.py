@@ -56,7 +56,7 @@ def build_first_stage(model_config: Any) -> nn.Module:
 
 
 def _class_embedder(config: Any) -> nn.Module:
-    return ClassEmbedder(config.conditioning.num_classes + 1, config.conditioning.width)
+    return ClassEmbedder(sizes.label_rows(config), config.conditioning.width)
 
 
 def _transformer(config: Any, options: Any) -> nn.Module:
@@ -77,6 +77,7 @@ CONDITIONERS: dict[str, Callable[[Any], nn.Module | None]] = {
     "class": _class_embedder,
     "text": lambda config: _transformer(config, config.conditioning.text),
     "layout": lambda config: _transformer(config, config.conditioning.layout),
+    "vectors": lambda config: None,  # as they are given
 }
 MAP_CONDITIONERS: dict[str, Callable[[Any], nn.Module | None]] = {
     "none": lambda config: None,
@@ -99,7 +100,7 @@ def _conditioner(config: Any) -> nn.Module | None:
 def _unet(config: Any) -> UNet:
     fields = _fields(UNet, config.model)
     if config.conditioning.label and not fields.get("num_classes"):
-        fields["num_classes"] = config.conditioning.num_classes + 1  # the last row is the null class
+        fields["num_classes"] = sizes.label_rows(config)
     return UNet(**fields)
 
 

@@ -80,7 +80,8 @@ def condition(models: Any, params: Any, conditions: dict, options: Any, **apply:
 
     Args:
       models, params: networks and ``{"conditioner": ...}``.
-      conditions: ``tokens`` (b, l), ``layout`` (b, l), ``label`` (b,), int32, as far as `options` asks for them.
+      conditions: ``tokens`` (b, l), ``layout`` (b, l), ``label`` (b,), int32, or ``vectors`` (b, l, width), the context
+        itself, as far as `options` asks for them.
       options: the config's ``conditioning``.
       **apply: passed to the conditioner's apply (``train``, ``rngs``).
     """
@@ -88,7 +89,8 @@ def condition(models: Any, params: Any, conditions: dict, options: Any, **apply:
     if options.crossattn != "none":
         method = "sequence" if isinstance(models.conditioner, HybridConditioner) else None
         y = conditions[SEQUENCES[options.crossattn]]
-        inputs["context"] = models.conditioner.apply({"params": params["conditioner"]}, y, method=method, **apply)
+        inputs["context"] = y if options.crossattn == "vectors" else models.conditioner.apply(
+            {"params": params["conditioner"]}, y, method=method, **apply)
     if options.label:
         inputs["label"] = conditions["label"]
     return inputs
@@ -208,9 +210,10 @@ def create_state(rng: Key[Array, ""], *, models: Any, tx: optax.GradientTransfor
     options, size, one = config.conditioning, config.model.image_size, jnp.zeros((1,), jnp.int32)
     params, inputs, examples = {}, {}, []
     if options.crossattn != "none":
+        inputs["context"] = jnp.zeros((1, 1, config.model.context_dim))
+    if options.crossattn not in ("none", "vectors"):
         examples.append(one if options.crossattn == "class" else jnp.zeros(
             (1, options[options.crossattn].max_length), jnp.int32))
-        inputs["context"] = jnp.zeros((1, 1, config.model.context_dim))
     if options.concat == "segmentation":
         examples.append(jnp.zeros((1, config.data.image_size, config.data.image_size), jnp.int32))
     if examples:

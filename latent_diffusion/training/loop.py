@@ -69,7 +69,8 @@ def check(config: Any, path: epath.Path) -> tuple[setup.Splits, conditions.Token
     first_stage.complete_config(config, path)
     config_lib.validate(config, num_devices=jax.device_count(), num_processes=jax.process_count())
     sources.prepare(config)
-    splits = {split: sources.open_source(config, split) for split in ("train", "eval")}
+    fields = (*request.condition_fields(config), *request.map_fields(config)) if config.stage == "diffusion" else ()
+    splits = {split: sources.open_source(config, split, fields=fields) for split in ("train", "eval")}
     number = len(splits["train"].source)
     if number < config.training.batch_size:
         raise UserError(f"{splits['train'].where} has {number} images, fewer than one batch "

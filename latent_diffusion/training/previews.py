@@ -44,7 +44,8 @@ def repeat(items: tuple, number: int) -> list:
 
 
 def draw(model: pipeline.LatentDiffusion, asked: Mapping[str, Any], held_out: Mapping[str, np.ndarray]) -> Pictures:
-    """Samples of what is asked; of a model for layouts or maps, each between its condition and the held-out picture.
+    """Samples of what is asked; of a model for layouts or maps, each between its condition and the held-out picture
+    (with its boxes on it).
 
     Args:
       asked: from `conditions_to_draw`.
@@ -59,8 +60,12 @@ def draw(model: pipeline.LatentDiffusion, asked: Mapping[str, Any], held_out: Ma
     given: dict[str, Any] = {
         name: images.to_uint8(held_out[name]) if name in ("image", "low_res") else held_out[name] for name in maps}
     if "layout" in held_out:
-        given["layouts"] = [layouts.from_tokens(tokens, options.layout)[0] for tokens in held_out["layout"]]
+        found = [layouts.from_tokens(tokens, options.layout) for tokens in held_out["layout"]]
+        given["layouts"] = [layouts.within(objects, crop) for objects, crop in found]
     shown = [images.condition(given, i, original.shape[1:], model.object_names) for i in range(len(original))]
+    if "layouts" in given:
+        original = np.stack([images.draw_objects(objects, model.object_names, picture)
+                             for objects, picture in zip(given["layouts"], original, strict=True)])
     triples = np.concatenate([np.stack(shown), samples, original], axis=2)
     return Pictures(triples, scores(given, samples, original))
 

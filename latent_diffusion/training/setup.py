@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from latent_diffusion import conditions, images, layouts, models, parallel, pipeline, request, weights
+from latent_diffusion import conditions, images, layouts, models, parallel, pipeline, request, sizes, weights
 from latent_diffusion.data import loader
 from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.errors import UserError
@@ -98,10 +98,11 @@ def complete_conditioning(config: Any, workdir: epath.Path, source: Any) -> cond
                 raise UserError(f"conditioning by {name} needs {kind}, but data.source={config.data.source} has none; "
                                 "see docs/data.md")
             things.num_classes = things.num_classes or len(names)
+            counted = name == "layout" or config.data.source != "tfds"  # maps of TFDS sets need not tell their classes
+            if counted and things.num_classes < len(names):
+                raise UserError(f"conditioning.{name}.num_classes={things.num_classes} but the data has {len(names)} "
+                                "classes; 0 sets it")
     if options.crossattn == "layout":
-        if options.layout.num_classes < len(source.object_names):
-            raise UserError(f"conditioning.layout.num_classes={options.layout.num_classes} but the data has "
-                            f"{len(source.object_names)}")
         if mistakes := layouts.check_options(options.layout):
             raise UserError("; ".join(mistakes))
     if options.label or options.crossattn == "class":
@@ -109,12 +110,14 @@ def complete_conditioning(config: Any, workdir: epath.Path, source: Any) -> cond
             raise UserError(f"conditioning needs labels, but data.source={config.data.source} has none; use class "
                             "sub-folders, a set with labels, or conditioning.label=False")
         options.num_classes = options.num_classes or len(source.label_names)
-        if options.label and config.model.num_classes not in (0, options.num_classes + 1):
-            raise UserError(f"model.num_classes={config.model.num_classes} must be {options.num_classes + 1}, the "
+        if options.label and config.model.num_classes not in (0, sizes.label_rows(config)):
+            raise UserError(f"model.num_classes={config.model.num_classes} must be {sizes.label_rows(config)}, the "
                             "classes and the null class; 0 sets it")
         if options.num_classes < len(source.label_names):
             raise UserError(f"conditioning.num_classes={options.num_classes} but the data has "
                             f"{len(source.label_names)} classes")
+    if options.crossattn == "vectors":
+        raise UserError("conditioning.crossattn='vectors' is for imported models: no data here has vectors to train on")
     if options.crossattn == "text":
         if source.captions is None:
             raise UserError(f"conditioning.crossattn='text' needs captions, but data.source={config.data.source} has "
@@ -199,7 +202,7 @@ def diffusion(config: Any, workdir: epath.Path, splits: Splits, vocabulary: cond
     key, fields = jax.random.key(config.seed), request.condition_fields(config)
     maps = tuple(field for field in request.map_fields(config) if field != "image")
     opened = splits["train"]
-    names = dict(label_names=opened.label_names, object_names=opened.object_names, map_names=opened.map_names)
+    names = dict(label_names=opened.label_names, object_names=opened.object_names)
     asked = previews.conditions_to_draw(config, splits["train"])
     request.resolve_settings(config, seed=config.seed)
     request.resolve_conditions(config, asked.get("prompts"), asked.get("labels"), opened.label_names)
@@ -209,7 +212,7 @@ def diffusion(config: Any, workdir: epath.Path, splits: Splits, vocabulary: cond
         return stage2.create_state(key, models=networks, tx=tx, config=config)
 
     jax.eval_shape(create_state)  # networks that do not fit the config say so before anything is copied
-    null, encoder = null_conditions(config, vocabulary), text_encoder.copy_once(config, networks, workdir)
+    null, encoder = request.null_conditions(config, vocabulary), text_encoder.copy_once(config, networks, workdir)
     first_stage, origin = first_stage_lib.copy_once(config, workdir)
     frozen = parallel.replicate({"first_stage": first_stage, "null": null, "conditioner": encoder})
     if config.first_stage.cache:
@@ -248,15 +251,6 @@ def diffusion(config: Any, workdir: epath.Path, splits: Splits, vocabulary: cond
         size = sum(x.size for x in jax.tree.leaves(encoder))
         notes += (f"text encoder: {size:,} parameters, frozen, as copied into {workdir}",)
     return Setup(networks, create, shapes, frozen, data, step, evaluate, pictures, summary, notes)
-
-
-def null_conditions(config: Any, vocabulary: conditions.Tokenizer | None) -> dict[str, np.ndarray]:
-    """The null value of each condition: the tokens of the empty text or layout, the class after the last."""
-    null = {"label": np.asarray(config.conditioning.num_classes, np.int32)}
-    null["layout"] = layouts.null_tokens(config.conditioning.layout)
-    if vocabulary is not None:
-        null["tokens"] = np.asarray(vocabulary.null(config.conditioning.text.max_length)).reshape(-1)
-    return {name: null[name] for name in request.condition_fields(config)}
 
 
 def sum_over_batches(step: Callable, params: Any, frozen: dict, stream: Iterator[dict], key: Any) -> dict[str, float]:

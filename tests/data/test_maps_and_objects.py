@@ -98,7 +98,9 @@ def test_objects_of_a_folder_that_cannot_be_used(make_config, tmp_path):
     wrong = {**CAT, "box": [0.5, 0.25, 1.5, 1.0]}
     for objects, message in (
         ([wrong], r"captions.jsonl, line 2, object 0: box \[0.5, 0.25, 1.5, 1.0\] must have"),
-        ([CAT, {"label": "cat"}], r"line 2, object 1: box None is not \[left"),
+        ([CAT, {"label": "cat"}], "line 2, object 1: it has no 'box', only 'label'"),
+        ([CAT | {"group": "yes"}], "line 2, object 0: group, occluded, depiction, inside must be true or false"),
+        ([CAT | {"box": [False, False, True, True]}], r"object 0: box \[False.*\] is not \[left"),
         ("cat", "line 2: a layout is a list"),
         (None, "1 of 2 images lack objects; the first is b.png"),
     ):
@@ -116,8 +118,21 @@ def test_maps_of_another_shape(make_config, tmp_path):
     _fill(tmp_path, [{"file": "a.png", "map": "maps/a.png"}])
     _map(tmp_path / "maps" / "a.png", np.zeros((20, 5)))
     config = _folder(make_config, tmp_path, on_corrupt="error")
-    with pytest.raises(UserError, match="maps/a.png"):
-        sources.open_source(config, "train").source[0]
+    assert f"the map {tmp_path}/maps/a.png has another size than {tmp_path}/a.png" in _error(config)
+    Image.fromarray(np.zeros((9, 12), np.uint8)).save(tmp_path / "maps" / "a.png", "JPEG")
+    assert "JPEG changes numbers; save it as PNG" in _error(config)
+
+
+def test_maps_that_nobody_asks_for_are_not_read(make_config, tmp_path):
+    _fill(tmp_path, [{"file": "a.png", "map": "maps/a.png", "objects": "nothing"}])
+    source = sources.open_source(_folder(make_config, tmp_path), "train", fields=("label",))
+    assert source.map_names == source.object_names == () and set(source.source[0]) == {"image", "name"}
+
+
+def test_numbers_of_objects_stay_what_they_are(make_config, tmp_path):
+    _fill(tmp_path, [{"file": "a.png", "objects": [{"label": number, "box": [0, 0, 1, 1]} for number in (10, 2)]}])
+    source = sources.open_source(_folder(make_config, tmp_path), "train")
+    assert source.object_names == tuple(map(str, range(11))) and source.source[0]["objects"].labels.tolist() == [10, 2]
 
 
 def test_classes_are_those_of_both_parts(make_config, tmp_path):

@@ -99,6 +99,7 @@ def _diffusion(**conditioning):
                 "concat": "none",
                 "label": False,
                 "num_classes": 10,
+                "null_class": True,
                 "width": 16,
                 "text": {"vocab_size": 50, "max_length": 8, "layers": 1, "heads": 2, "head_dim": 8},
             }

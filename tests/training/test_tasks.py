@@ -33,11 +33,7 @@ def vocabulary():
 
 
 def null(config) -> dict:
-    found = {"label": np.asarray(config.conditioning.num_classes, np.int32),
-             "layout": layouts.null_tokens(config.conditioning.layout)}
-    if config.conditioning.crossattn == "text":
-        found["tokens"] = vocabulary().null(8)[0]
-    return found
+    return request.null_conditions(config, vocabulary() if config.conditioning.crossattn == "text" else None)
 
 
 def batch(kind: str) -> dict:

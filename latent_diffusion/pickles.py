@@ -1,0 +1,115 @@
+"""Reads pickles without executing anything in them: only what is named in a table can be built."""
+
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from latent_diffusion.errors import UserError
+
+
+class _Dtype:
+    """Stands for numpy.dtype while reading; only plain numbers can be built."""
+
+    def __init__(self, code: str, *_: Any):
+        self.dtype = np.dtype(str(code))
+        if self.dtype.kind not in "biuf":
+            raise UserError(f"arrays of {self.dtype} are not accepted, only numbers; the file was not read")
+
+    def __setstate__(self, state: tuple):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands for numpy.ndarray while reading, so that numpy's own __setstate__ never sees a stranger's state."""
+
+    def __init__(self, *_: Any):
+        self.value = None
+
+    def __setstate__(self, state: tuple):
+        _, shape, dtype, is_fortran, data = state
+        flat = np.frombuffer(data, dtype.dtype)
+        self.value = flat.reshape(shape, order="F" if is_fortran else "C").astype(dtype.dtype.newbyteorder("="))
+
+
+def numpy_names() -> dict[tuple[str, str], Any]:
+    """The names in pickles of numpy arrays. Made anew for each file, so that none can change what the next one sees."""
+    dtype, array = type("Dtype", (_Dtype,), {}), type("Array", (_Array,), {})
+    return {("numpy", "ndarray"): "ndarray",  # only ever an argument of _reconstruct
+            ("numpy", "dtype"): dtype, ("numpy.core.multiarray", "_reconstruct"): array,
+            ("numpy._core.multiarray", "_reconstruct"): array}
+
+
+def numpy_scalars() -> dict[tuple[str, str], Any]:
+    """The name of a single number of numpy's, for which a Python number is made."""
+    def scalar(dtype: _Dtype, data: bytes) -> Any:
+        return np.frombuffer(data, dtype.dtype, 1)[0].item()
+
+    return {("numpy.core.multiarray", "scalar"): scalar, ("numpy._core.multiarray", "scalar"): scalar}
+
+
+class Unpickler(pickle.Unpickler):
+    """Builds plain containers and what is in `names`; any other name is refused before it is looked up.
+
+    Args:
+      names: (module, name) -> what stands for it.
+      what: what the file may hold, for the message.
+      persistent: builds what the file refers to outside of the pickle; by default such a reference is refused.
+      skipped: top-level packages whose objects are left out, that is, replaced by empty ones.
+    """
+
+    def __init__(
+        self, file: Any, names: Mapping[tuple[str, str], Any], what: str,
+        persistent: Callable[[Any], Any] | None = None, skipped: tuple[str, ...] = (),
+    ):
+        super().__init__(file, encoding="utf-8")
+        self.names, self.what, self.persistent, self.skipped = dict(names), what, persistent, skipped
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] in self.skipped:
+            self.names.setdefault((module, name), type("Skipped", (_Skipped,), {}))
+        if (module, name) not in self.names:
+            raise UserError(f"the file asks for {module}.{name}, but only {self.what} are accepted; it was not read")
+        return self.names[module, name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        if self.persistent is None:
+            raise UserError(f"the file refers to objects outside it, but only {self.what} are accepted; it was not "
+                            "read")
+        return self.persistent(pid)
+
+
+class _Skipped(dict):
+    """Takes whatever it is given, and does nothing with it."""
+
+    def __init__(self, *_: Any, **__: Any):
+        super().__init__()
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+    def __setitem__(self, *_: Any) -> None:
+        pass
+
+    def append(self, _: Any) -> None:
+        pass
+
+    def extend(self, _: Any) -> None:
+        pass
+
+
+def unwrapped(value: Any, what: str) -> Any:
+    """What was read with the arrays themselves in place of their stand-ins.
+
+    Raises UserError for anything but plain containers, numbers, strings and arrays.
+    """
+    if isinstance(value, dict) and not isinstance(value, _Skipped):
+        return {key: unwrapped(item, what) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(unwrapped(item, what) for item in value)
+    if isinstance(value, _Array) and value.value is not None:
+        return value.value
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return value
+    raise UserError(f"the file holds a {type(value).__name__.strip('_')}, but only {what} are accepted")
