@@ -72,7 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num_samples", type=int, metavar="N",
         help="pictures in all; conditions are repeated in turn (default: one for each condition, 16 without any)")
     add("--steps", type=int, help="of the sampler")
-    add("--sampler", help="ddim or ddpm")
+    add("--sampler", help="ddim, ddpm or plms")
     add("--guidance_scale", type=float, help="1 = no guidance, above 1 = closer to the condition")
     add("--eta", type=float, help="noise of ddim: 0 = none, 1 = as much as ddpm")
     add("--seed", type=int, default=0)

@@ -5,6 +5,7 @@ Layout of a workdir (local or a bucket)::
     checkpoints/<step>/<item>/      one orbax item per tree ("params", "ema", ...), written asynchronously
     checkpoints/<step>/metadata/    JSON: the caller's metadata and the names of the items
     frozen/<name>/                  weights copied in once and never updated, with their own metadata
+    imported.json                   where the weights came from, if they were not trained here
 
 Trees are stored as nested dicts of numpy arrays whose keys are the names on the path to each leaf (the fields of a
 named tuple or dataclass, the positions "0", "1", ... in a list), so that any tree can be written and read back into the
@@ -30,6 +31,7 @@ Tree = Any  # a pytree whose leaves are arrays, numpy arrays or scalars
 CHECKPOINTS = "checkpoints"
 FROZEN = "frozen"
 METADATA = "metadata"
+IMPORTED = "imported.json"  # in a workdir whose weights were not trained here: where they came from
 
 
 class _QuietOrbax(logging.Filter):

@@ -22,6 +22,7 @@ from latent_diffusion.errors import UserError, choose
 FREELY_CHANGED = (  # keys that a resumed run may change: they alter neither the model nor the data
     "training.num_steps", "training.log_every", "training.image_every", "evaluation", "sampling", "checkpoint",
     "data.workers", "data.threads", "data.data_dir", "data.path", "first_stage.workdir", "first_stage.cache",
+    "training.initial", "training.initial_skip",
     "conditioning.text.weights", "conditioning.text.vocab",
 )
 
@@ -145,7 +146,7 @@ CHOICES = {
     "data.channels": (1, 3),
     "optimizer.name": ("adam", "adamw", "muon", "sgd"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
-    "sampling.sampler": ("ddpm", "ddim"),
+    "sampling.sampler": ("ddpm", "ddim", "plms"),
     "sampling.spacing": ("clean", "reference"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),

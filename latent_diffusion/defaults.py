@@ -79,6 +79,13 @@ def _unet_model() -> dict:
     )
 
 
+def _beginning() -> dict:
+    return dict(
+        initial="",               # a workdir whose weights the run begins with; "" = drawn at random
+        initial_skip=(),          # parameters that begin at random all the same: "conditioner", "unet/out_2"
+    )
+
+
 def _common() -> dict:
     return dict(
         seed=0,
@@ -118,6 +125,7 @@ def autoencoder() -> ConfigDict:
         stage="autoencoder",
         model=_autoencoder_model(),
         training=dict(
+            **_beginning(),
             batch_size=12,        # images per optimizer step, over all devices, processes and accumulation steps
             num_steps=250_000,
             accumulate=1,         # gradient accumulation: the batch is cut into this many pieces
@@ -151,7 +159,8 @@ def diffusion() -> ConfigDict:
     config = ConfigDict(dict(
         stage="diffusion",
         model=_unet_model(),
-        training=dict(batch_size=96, num_steps=500_000, accumulate=1, log_every=100, image_every=5000),
+        training=dict(
+            **_beginning(), batch_size=96, num_steps=500_000, accumulate=1, log_every=100, image_every=5000),
         first_stage=dict(
             workdir="",           # the stage-1 workdir; its weights are copied into this run's workdir
             scale_factor=0.0,     # latents are multiplied by it; 0 = measure 1/std on the first batches

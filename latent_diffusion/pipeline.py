@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Int, UInt8
 
-from latent_diffusion import checkpoint, images, models, parallel, programs, request
+from latent_diffusion import checkpoint, images, models, parallel, programs, request, tensor_files
 from latent_diffusion import conditions as conditions_lib
 from latent_diffusion import layouts as layouts_lib
 from latent_diffusion.diffusion import schedule as schedule_lib
@@ -92,6 +92,35 @@ class LatentDiffusion:
             vocabulary=conditions_lib.saved_tokenizer(path, config.conditioning.text.kind) if text else None,
             label_names=request.read_names(path), object_names=request.read_names(path, "objects"), step=step)
 
+    @classmethod
+    def from_compvis(
+        cls, weights: epath.PathLike, description: epath.PathLike | Mapping[str, Any], *, use_ema: bool = True,
+        vocabulary: conditions_lib.Tokenizer | None = None,
+    ) -> "LatentDiffusion":
+        """A model of CompVis latent-diffusion, without a workdir.
+
+        Args:
+          weights: its file, ``.ckpt`` or ``.safetensors``.
+          description: its yaml file, or that as nested mappings.
+          use_ema: the averages, where there are any.
+          vocabulary: the tokenizer of a text model (`conditions.load_vocabulary`, `clip_tokens.load`).
+
+        Raises:
+          UserError: see `interop.compvis.import_model`; also, a first stage.
+        """
+        from latent_diffusion.interop import compvis, settings  # they need ml_collections, which sampling does not
+
+        tensors, rest = tensor_files.open_tensors(weights)
+        description = description if isinstance(description, Mapping) else settings.read(description)
+        config, params = compvis.import_model(description, tensors, use_ema=use_ema)
+        if config.stage != "diffusion":
+            raise UserError(f"{weights} is a first stage; give a diffusion model")
+        params = {name: params.get(name, {}) for name in ("unet", "conditioner", "first_stage")}
+        return cls(
+            config=config, models=models.build(config), schedule=schedule_lib.from_config(config.diffusion),
+            params=parallel.replicate({name: tree for name, tree in params.items() if tree or name == "first_stage"}),
+            scale_factor=config.first_stage.scale_factor, vocabulary=vocabulary, step=int(rest.get("global_step", 0)))
+
     def sample(
         self,
         prompts: str | Sequence[str] | None = None,
@@ -131,8 +160,8 @@ class LatentDiffusion:
           steps: of the sampler, 1 .. T.
           guidance_scale: of classifier-free guidance: 1 = none, above 1 = closer to the condition. If it comes from the
             config and is 1, the unconditional pass is left out, which halves the work.
-          sampler: "ddim" or "ddpm".
-          eta: noise of ddim, from 0 (none) to 1 (as much as ddpm); ddpm does not use it.
+          sampler: "ddim", "ddpm" or "plms".
+          eta: noise of ddim, from 0 (none) to 1 (as much as ddpm); the others do not use it.
           seed: 0 .. 2^32 - 1. Picture k depends on the seed and k only.
           size: height and width in pixels; that of the map, or else of the training images by default.
           tile, overlap: for pictures that do not fit into memory: the UNet, the encoder and the decoder work on patches

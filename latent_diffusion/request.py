@@ -308,7 +308,7 @@ def resolve_maps(config: Any, **given: np.ndarray | None) -> dict[str, np.ndarra
 
 
 def check_classes(classes: np.ndarray, config: Any, where: str = "the semantic map") -> np.ndarray:
-    """The class numbers of a map. Raises UserError for some that the model does not have; `where` begins the message."""
+    """Class numbers of a map. Raises UserError for some that the model does not have; `where` begins the message."""
     number = config.conditioning.segmentation.num_classes
     if unknown := sorted(set(np.unique(classes).tolist()) - set(range(number))):
         raise UserError(f"{where} has the class numbers {', '.join(map(str, unknown[:5]))}"

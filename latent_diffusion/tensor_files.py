@@ -7,9 +7,10 @@ are views of the file, which is mapped into memory: a file needs memory only for
 
 import io
 import mmap
+import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -260,3 +261,66 @@ def _load_legacy(buffer: bytes | mmap.mmap) -> Any:
         place = end
     file.seek(begin)
     return _unpickle(file, lambda key, *_: arrays[key])
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save_tensors(path: epath.PathLike, tensors: Mapping[str, np.ndarray], step: int = 0) -> None:
+    """Writes a file of tensors: safetensors if its name says so, else what ``torch.load(path)["state_dict"]`` reads.
+
+    Args:
+      path: ends with ``.safetensors``, ``.ckpt``, ``.pt`` or ``.pth``; on a local disk.
+      tensors: by name, of the types that PyTorch has.
+      step: written as ``global_step`` into PyTorch's.
+
+    Raises UserError for another ending.
+    """
+    path = epath.Path(path)
+    if path.suffix == ".safetensors":
+        import safetensors.numpy
+
+        safetensors.numpy.save_file({name: np.asarray(x, order="C") for name, x in tensors.items()}, path)
+    elif path.suffix in (".ckpt", ".pt", ".pth"):
+        _save_zip(path, tensors, step)
+    else:
+        raise UserError(f"{path}: a file of weights ends with .safetensors, .ckpt, .pt or .pth")
+
+
+def _save_zip(path: epath.Path, tensors: Mapping[str, np.ndarray], step: int) -> None:
+    storages = {np.dtype(kind): name for name, kind in _STORAGES.items() if name != "UntypedStorage"}
+    ordered_dict = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+    program = [pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.MARK]
+    program += [_pickled("state_dict"), ordered_dict, pickle.MARK]
+    for number, (name, x) in enumerate(tensors.items()):
+        stride = tuple(int(np.prod(x.shape[i + 1 :], dtype=int)) for i in range(x.ndim))  # as it is written, C order
+        place = (_pickled("storage"), _global("torch", storages[x.dtype]), *map(_pickled, (str(number), "cpu", x.size)))
+        program += [
+            _pickled(name), _global("torch._utils", "_rebuild_tensor_v2"), pickle.MARK, _tuple(place), pickle.BINPERSID,
+            *map(_pickled, (0, x.shape, stride)), pickle.NEWFALSE, ordered_dict, pickle.TUPLE, pickle.REDUCE]
+    program += [pickle.SETITEMS, _pickled("global_step"), _pickled(step), pickle.SETITEMS, pickle.STOP]
+    with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", b"".join(program))
+        archive.writestr("archive/byteorder", "little")
+        for number, x in enumerate(tensors.values()):
+            archive.writestr(f"archive/data/{number}", x.astype(x.dtype.newbyteorder("<"), copy=False).tobytes())
+        archive.writestr("archive/version", "3\n")
+
+
+def _global(module: str, name: str) -> bytes:
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+
+def _tuple(parts: Iterable[bytes]) -> bytes:
+    return pickle.MARK + b"".join(parts) + pickle.TUPLE
+
+
+def _pickled(value: str | int | tuple[int, ...]) -> bytes:
+    """The instructions that make a value, of pickle's protocol 2."""
+    if isinstance(value, tuple):
+        return _tuple(map(_pickled, value))
+    if isinstance(value, str):
+        text = value.encode()
+        return pickle.BINUNICODE + len(text).to_bytes(4, "little") + text
+    number = pickle.encode_long(int(value))
+    return pickle.LONG1 + bytes([len(number)]) + number

@@ -37,15 +37,19 @@ def ddim_step(row: Row, z_t: Array, x0: Array, eps: Array, noise: Array, *, eta:
     return row["alpha_prev"] * x0 + direction * eps + temperature * jnp.sqrt(variance) * noise
 
 
-METHODS = {"ddpm": ddpm_step, "ddim": ddim_step}
+METHODS = {"ddpm": ddpm_step, "ddim": ddim_step, "plms": ddim_step}  # plms: DDIM's step on a better eps, see `_plms`
+
+# Adams-Bashforth: the weights of eps at this timestep and of those before it, by how many of these there are.
+_ADAMS_BASHFORTH = np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]) / 24
 
 
 def timesteps(method: str, schedule: NoiseSchedule, steps: int, spacing: str = "clean") -> Int[np.ndarray, "s"]:
     """The timesteps that a sampler visits, ascending.
 
     "clean" gives exactly `steps` of them, evenly spaced and ending with T - 1 (the "trailing" spacing of Lin et al.
-    2023, table 2). "reference" gives those of CompVis latent-diffusion: for ddim range(0, T, T // steps) + 1, whose
-    length differs from `steps` unless that divides T, and which for some counts leaves the schedule; for ddpm all T.
+    2023, table 2). "reference" gives those of CompVis latent-diffusion: for ddim and plms range(0, T, T // steps) + 1,
+    whose length differs from `steps` unless that divides T, and which for some counts leaves the schedule; for ddpm all
+    T.
 
     Raises:
         UserError: for an unknown method or spacing, for `steps` outside 1 .. T, and for counts that the reference's
@@ -80,12 +84,12 @@ def step_table(method: str, schedule: NoiseSchedule, steps: int, spacing: str = 
     """What each step needs to know, in the order in which the steps run; float64 except "t".
 
     Skipped timesteps are those of a respaced schedule: the step goes from alphas_cumprod[t] to that of the next visited
-    timestep. The last step goes to clean data, except for ddim with spacing "reference", which stops at the noise level
-    of timestep 0.
+    timestep. The last step goes to clean data, except for ddim and plms with spacing "reference", which stop at the
+    noise level of timestep 0.
     """
     t = timesteps(method, schedule, steps, spacing)
     acp = schedule.alphas_cumprod[t]
-    last = schedule.alphas_cumprod[0] if method == "ddim" and spacing == "reference" else 1.0
+    last = schedule.alphas_cumprod[0] if method != "ddpm" and spacing == "reference" else 1.0
     acp_prev = np.append(last, acp[:-1])
     table = posterior(acp, acp_prev, schedule.v_posterior) | {
         "t": t,
@@ -140,9 +144,9 @@ def sample(
         schedule: of the model.
         rng: one key. Image k sees noise made from `rng`, indices[k] and the step only, whatever the batch.
         shape: (B, ...), of the result.
-        method: "ddim" or "ddpm".
-        steps: number of calls of `denoise_fn` (with spacing "reference": about that), 1 .. T.
-        eta: of ddim, 0 (deterministic) to 1 (ancestral variance); ddpm does not use it.
+        method: "ddim", "ddpm" or "plms".
+        steps: number of calls of `denoise_fn` (with spacing "reference": about that; of plms: one more), 1 .. T.
+        eta: of ddim, 0 (deterministic) to 1 (ancestral variance); the others do not use it.
         parameterization: what `denoise_fn` predicts: "eps", "x0" or "v".
         indices: (B,) numbers of the images; 0 .. B-1 if not given.
         spacing: see `timesteps`.
@@ -167,17 +171,53 @@ def sample(
     if z_T is None:
         z_T = initial_noise(rng, indices, shape)
 
-    def step(z_t, row):
-        t = jnp.full(shape[:1], row["t"], jnp.int32)
+    def predict(z_t, t):
+        t = jnp.full(shape[:1], t, jnp.int32)
         prediction = denoise_fn(z_t, t).astype(jnp.float32)
         x0 = process.to_x0(schedule, parameterization, prediction, z_t, t)
         if clip_x0:
             x0 = jnp.clip(x0, -1.0, 1.0)
-            eps = process.to_eps(schedule, "x0", x0, z_t, t)
-        else:
-            eps = process.to_eps(schedule, parameterization, prediction, z_t, t)
+            return x0, process.to_eps(schedule, "x0", x0, z_t, t)
+        return x0, process.to_eps(schedule, parameterization, prediction, z_t, t)
+
+    def step(z_t, row):
+        x0, eps = predict(z_t, row["t"])
         noise = _noise(rng, indices, row["counter"], shape)
         return METHODS[method](row, z_t, x0, eps, noise, eta=eta, temperature=temperature), None
 
-    z_0, _ = jax.lax.scan(step, z_T.astype(jnp.float32), rows)
+    z_T = z_T.astype(jnp.float32)
+    if method == "plms":
+        return _plms(lambda z_t, t: predict(z_t, t)[1], schedule, rows, z_T)
+    z_0, _ = jax.lax.scan(step, z_T, rows)
+    return z_0
+
+
+def _plms(
+    predict_eps: Callable[[Array, Array], Array], schedule: NoiseSchedule, rows: dict[str, Array], z_T: Array
+) -> Array:
+    """PNDM's linear multistep method (Liu et al. 2022) as CompVis latent-diffusion has it, in steps + 1 predictions.
+
+    A step is DDIM's with a combination of eps here and at up to three timesteps before. The first, which has none
+    before it, is made twice from z_T: with eps there, and then with the mean of that eps and the one at the point it
+    led to.
+    """
+    count = len(rows["t"])
+    steps = np.append(0, np.arange(count))  # the step that each prediction is for
+    places = np.append(0, np.minimum(np.append(1, np.arange(1, count)), count - 1))  # the timestep that it is made at
+    weights = _ADAMS_BASHFORTH[np.minimum(steps, 3)]
+    weights[1] = [0.5, 0.5, 0, 0]
+    calls = {name: values[steps] for name, values in rows.items()} | {
+        "t_here": rows["t"][places], "weights": jnp.asarray(weights, jnp.float32),
+        "is_first": jnp.arange(count + 1) == 0, "is_second": jnp.arange(count + 1) == 1}
+
+    def call(carry, row):
+        here, start, before = carry  # where eps is predicted, where the step starts, the last three eps
+        eps = predict_eps(here, row["t_here"])
+        combined = jnp.tensordot(row["weights"], jnp.concatenate([eps[None], before]), 1)
+        x0 = process.to_x0(schedule, "eps", combined, start, jnp.full(z_T.shape[:1], row["t"], jnp.int32))
+        reached = ddim_step(row, start, x0, combined, 0.0, eta=0.0, temperature=0.0)
+        before = jnp.where(row["is_second"], before, jnp.concatenate([eps[None], before[:-1]]))
+        return (reached, jnp.where(row["is_first"], start, reached), before), None
+
+    (z_0, _, _), _ = jax.lax.scan(call, (z_T, z_T, jnp.zeros((3, *z_T.shape))), calls)
     return z_0

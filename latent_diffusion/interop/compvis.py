@@ -237,7 +237,8 @@ def _read_autoencoder(config: ConfigDict, reader: _Reader) -> Imported:
         missing = part.prefix and not any(key.startswith(part.prefix) for key in reader.keys)
         name = part.where[0]
         if missing:
-            rows.append(Component(name, 0, "not in the file", "begins anew where training goes on"))
+            rows.append(Component(name, 0, "not in the file", "the package's is used" if name == "lpips" else
+                                  "begins anew where training goes on"))
             continue
         params[name] = reader.take_part(part)
         rows.append(Component(name, part.size, f"{part.prefix}*", config.model.kind if not part.prefix else ""))

@@ -7,10 +7,12 @@ are the user's. What cannot be done here is an error that names the key.
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+from etils import epath
 from ml_collections import ConfigDict
 
 from latent_diffusion import defaults, sizes
-from latent_diffusion.errors import UserError
+from latent_diffusion.errors import UserError, read_text
 
 UNCONDITIONAL, FIRST_STAGE = "__is_unconditional__", "__is_first_stage__"
 _ENCODERS = {"AutoencoderKL": "kl", "VQModel": "vq", "VQModelInterface": "vq", "IdentityFirstStage": "identity"}
@@ -39,6 +41,20 @@ _DIFFUSION_KEYS = {
 }
 # Conditions that are pictures of few pixels, joined to z_t as they are, and layouts, by ``cond_stage_key``.
 _LAYOUT_KEYS = {"coordinates_bbox": "boxes", "objects_bbox": "boxes", "objects_center_points": "centers"}
+
+
+def read(path: epath.PathLike) -> dict[str, Any]:
+    """A yaml file as nested dicts. Raises UserError where it is none."""
+    file = epath.Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"{path} {'is a folder' if file.exists() else 'does not exist'}")
+    try:
+        description = yaml.safe_load(read_text(file))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no yaml file: {error}") from error
+    if not isinstance(description, dict):
+        raise UserError(f"{path} describes no model")
+    return description
 
 
 def to_config(description: Mapping[str, Any]) -> ConfigDict:
@@ -161,11 +177,15 @@ def _diffusion_config(target: str, params: dict[str, Any], model: dict[str, Any]
     config.data.update(dict(channels=first.in_channels, image_size=sizes.factor(first) * int(
         params.get("image_size", unet["image_size"]))))
     config.model.image_size = config.data.image_size // sizes.factor(first)
+    config.first_stage.scale_by_std = bool(params.get("scale_by_std"))
     config.first_stage.scale_factor = 0.0 if params.get("scale_by_std") else float(params.get("scale_factor", 1.0))
     config.ema.decay = 0.9999 if params.get("use_ema", True) else 0.0
     config.optimizer.learning_rate = float(model.get("base_learning_rate", config.optimizer.learning_rate))
-    config.conditioning.dropout = 0.0
     _set_conditions(config, target, params)
+    # The reference drops no condition in training, but its models are guided away from these null conditions.
+    guided = config.conditioning.crossattn in ("text", "vectors") or (
+        config.conditioning.crossattn == "class" and config.conditioning.null_class)
+    config.conditioning.dropout = 0.1 if guided else 0.0
     config.sampling.update(dict(steps=200, spacing="reference"))
     return config.lock()
 
@@ -282,3 +302,100 @@ def _set_map(config: ConfigDict, name: str, options: Mapping[str, Any]) -> None:
         raise UserError(f"model.params.unet_config.params.in_channels={config.model.in_channels}, but latents of "
                         f"{config.model.out_channels} channels and a {conditioning.concat} map of {added} make "
                         f"{config.model.out_channels + added}")
+
+
+# --- out -------------------------------------------------------------------------------------------------------------
+
+
+def to_description(config: ConfigDict) -> dict[str, Any]:
+    """The yaml file of a model, as nested dicts: `to_config` makes the same networks, schedule and loss of it.
+
+    Raises UserError for a model that the reference cannot build.
+    """
+    if config.stage == "autoencoder":
+        model = _describe_first_stage(config.model, "VQModel")
+        model["params"]["lossconfig"] = _describe_loss(config)
+        if config.ema.decay:
+            model["params"]["use_ema"] = True
+        return {"model": {"base_learning_rate": config.optimizer.learning_rate, **model}}
+    first, unet = config.first_stage.model, config.model
+    if unet.norm_groups != 32:
+        raise UserError(f"model.norm_groups={unet.norm_groups}, but latent-diffusion always has 32 groups")
+    if config.diffusion.parameterization == "v":
+        raise UserError("diffusion.parameterization='v' is unknown to latent-diffusion, which has eps and x0")
+    fields = {name: _yaml(unet[name]) for name in _UNET}
+    fields |= {name: fields[name] or None for name in ("num_classes", "context_dim")}
+    params = {theirs: _yaml(config.diffusion[ours]) for theirs, (ours, _) in _DIFFUSION_KEYS.items()} | {
+        "image_size": unet.image_size, "channels": unet.out_channels, "first_stage_key": "image",
+        "use_ema": config.ema.decay > 0, "scale_by_std": bool(config.first_stage.scale_by_std),
+        "scale_factor": 1.0 if config.first_stage.scale_by_std else config.first_stage.scale_factor,
+        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": fields | {
+            "use_checkpoint": unet.remat != "none"}},
+        "first_stage_config": _describe_first_stage(first, "VQModelInterface"), **_describe_conditions(config)}
+    return {"model": {"base_learning_rate": config.optimizer.learning_rate,
+                      "target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
+
+
+def _yaml(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _describe_first_stage(section: Any, vq: str) -> dict[str, Any]:
+    if section.kind == "identity":
+        return {"target": "ldm.models.autoencoder.IdentityFirstStage"}
+    if section.norm_groups != 32:
+        raise UserError(f"the first stage has norm_groups={section.norm_groups}, but latent-diffusion always has 32")
+    ddconfig = {theirs: _yaml(section[ours]) for theirs, ours in _DDCONFIG.items()} | {"double_z": section.kind == "kl"}
+    params = {"embed_dim": section.embed_dim, "ddconfig": ddconfig, "lossconfig": {"target": "torch.nn.Identity"}}
+    if section.kind == "vq":
+        params["n_embed"] = section.n_embed
+    return {"target": f"ldm.models.autoencoder.{vq if section.kind == 'vq' else 'AutoencoderKL'}", "params": params}
+
+
+def _describe_loss(config: ConfigDict) -> dict[str, Any]:
+    loss, kl = config.training.loss, config.model.kind == "kl"
+    params = {"disc_start": loss.disc_start, "disc_weight": loss.disc_weight, "disc_factor": loss.disc_factor,
+              "disc_num_layers": loss.disc_layers, "disc_loss": loss.disc_loss,
+              "disc_in_channels": config.data.channels, "perceptual_weight": loss.perceptual_weight,
+              "use_actnorm": loss.disc_norm == "actnorm"}
+    params |= {"kl_weight": loss.kl_weight, "logvar_init": loss.logvar_init} if kl else {
+        "codebook_weight": loss.codebook_weight, "disc_ndf": loss.disc_channels, "pixel_loss": loss.pixel}
+    return {"target": "ldm.modules.losses.LPIPSWithDiscriminator" if kl
+            else "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", "params": params}
+
+
+def _describe_conditions(config: ConfigDict) -> dict[str, Any]:
+    options, encoders = config.conditioning, "ldm.modules.encoders.modules."
+    sequence, spatial, identity = options.crossattn, options.concat, {"target": "torch.nn.Identity"}
+    transformer = options.layout if sequence == "layout" else options.text
+    if sequence in ("text", "layout") and (transformer.heads, transformer.head_dim) != (8, 64) and not (
+            sequence == "text" and options.text.kind == "clip"):
+        raise UserError(f"conditioning.{sequence} has {transformer.heads} heads of {transformer.head_dim} channels, "
+                        "but latent-diffusion's transformer has 8 of 64")
+    bert = {"n_embed": options.width, "n_layer": transformer.layers, "vocab_size": transformer.vocab_size,
+            "max_seq_len": transformer.max_length}
+    layout_key = next((key for key, form in _LAYOUT_KEYS.items() if form == options.layout.form), "")
+    stages = {
+        "class": ("class_label", {"target": encoders + "ClassEmbedder", "params": {
+            "n_classes": sizes.label_rows(config), "embed_dim": options.width, "key": "class_label"}}),
+        "text": ("caption", {"target": encoders + "BERTEmbedder", "params": bert}),
+        "layout": (layout_key, {"target": encoders + "BERTEmbedder", "params": bert | {"use_tokenizer": False}}),
+        "vectors": ("vectors", identity),
+        "segmentation": ("segmentation", {"target": encoders + "SpatialRescaler", "params": {
+            "n_stages": sizes.factor(config.first_stage.model).bit_length() - 1,
+            "in_channels": options.segmentation.num_classes, "out_channels": options.segmentation.channels}}),
+        "low_res": ("LR_image", identity), "inpainting": ("masked_image", FIRST_STAGE),
+    }
+    if sequence == "text" and options.text.kind == "clip":
+        stages["text"] = ("caption", {"target": encoders + "FrozenCLIPEmbedder", "params": {
+            "max_length": options.text.max_length}})
+    if options.label and (sequence, spatial) != ("none", "none"):
+        raise UserError("conditioning.label beside another condition is unknown to latent-diffusion")
+    if options.label:
+        return {"conditioning_key": "adm", "cond_stage_key": "class_label", "cond_stage_config": identity}
+    if (sequence, spatial) == ("none", "none"):
+        return {"cond_stage_config": UNCONDITIONAL}
+    key = "concat" if sequence == "none" else "crossattn" if spatial == "none" else "hybrid"
+    name, stage = stages[spatial if sequence == "none" else sequence]
+    return {"conditioning_key": key, "cond_stage_key": name, "cond_stage_config": stage,
+            "cond_stage_trainable": stage not in (identity, FIRST_STAGE)}

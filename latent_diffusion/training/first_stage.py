@@ -31,11 +31,12 @@ def complete_config(config: Any, workdir: epath.Path) -> None:
     first = config.first_stage
     if checkpoint.has_frozen(workdir):
         _, metadata = checkpoint.load_frozen(workdir)
-        if checkpoint.latest_step(workdir) is None and first.workdir and absolute(first.workdir) != metadata["source"]:
+        of_another = first.workdir and absolute(first.workdir) not in (metadata["source"], metadata.get("by_way_of"))
+        if of_another and checkpoint.latest_step(workdir) is None:
             raise UserError(f"--workdir {workdir} holds a copy of another first stage, {metadata['source']}; nothing "
                             "else has been saved there, so the folder may be removed")
         first.model = config_lib.from_json(metadata["config"]).model
-        if first.workdir and absolute(first.workdir) != metadata["source"]:
+        if of_another:
             logging.warning("this run goes on with its own copy of the first stage, from %s, step %d; "
                             "first_stage.workdir=%s is not read", metadata["source"], metadata["step"], first.workdir)
     elif first.workdir:
@@ -52,13 +53,16 @@ def complete_config(config: Any, workdir: epath.Path) -> None:
 
 
 def read_config(workdir: str) -> Any:
-    """The config of a stage-1 workdir that has a complete checkpoint; else `UserError`."""
+    """The config of a stage-1 workdir that has a complete checkpoint, or of the first stage that a stage-2 workdir has
+    a copy of; else `UserError`."""
     saved = epath.Path(absolute(workdir)) / "config.json"
     if not saved.parent.exists():
         raise UserError(f"first_stage.workdir={workdir} does not exist; train an autoencoder there first")
     if not saved.exists():
         raise UserError(f"first_stage.workdir={workdir} is not a workdir of a training run: it has no config.json")
     config = read_saved(saved)
+    if config.stage == "diffusion" and checkpoint.has_frozen(saved.parent):
+        return config_lib.from_json(checkpoint.load_frozen(saved.parent)[1]["config"])
     if config.stage != "autoencoder":
         raise UserError(f"first_stage.workdir={workdir} holds a run of stage {config.stage!r}, not an autoencoder")
     step = checkpoint.latest_step(saved.parent)
@@ -98,6 +102,10 @@ def copy_once(config: Any, workdir: epath.Path) -> tuple[Any, Mapping[str, Any]]
         return {}, {}
     if not checkpoint.has_frozen(workdir):
         source = absolute(config.first_stage.workdir)
+        if checkpoint.has_frozen(source):  # a stage-2 workdir has it already
+            tree, metadata = checkpoint.load_frozen(source)
+            checkpoint.save_frozen(workdir, tree, metadata | {"by_way_of": source})
+            return copy_once(config, workdir)
         trees, _, step = checkpoint.load(source, ("params", "ema"))
         saved = epath.Path(source) / "config.json"
         tree = {"autoencoder": stage2.sampling_params(trees["params"], trees["ema"])["autoencoder"]}

@@ -66,6 +66,9 @@ def run(config: Any, workdir: str) -> int:
 
 def check(config: Any, path: epath.Path) -> tuple[setup.Splits, conditions.Tokenizer | None]:
     """Completes the config, opens the data and finds the user's mistakes; returns the opened sets and vocabulary."""
+    if (path / checkpoint.IMPORTED).exists():
+        raise UserError(f"--workdir {path} holds imported weights, which no run goes on in; begin another with them: "
+                        f"--config configs/finetune.py:from={path} --workdir ANOTHER")
     first_stage.complete_config(config, path)
     config_lib.validate(config, num_devices=jax.device_count(), num_processes=jax.process_count())
     sources.prepare(config)

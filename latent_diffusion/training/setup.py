@@ -20,7 +20,7 @@ from latent_diffusion.models.perceptual import LPIPS
 from latent_diffusion.training import autoencoder as stage1
 from latent_diffusion.training import diffusion as stage2
 from latent_diffusion.training import first_stage as first_stage_lib
-from latent_diffusion.training import optimizer, previews, text_encoder
+from latent_diffusion.training import initial, optimizer, previews, text_encoder
 
 Splits = Mapping[str, Any]  # {"train": source, "eval": source}, opened
 
@@ -156,7 +156,10 @@ def autoencoder(config: Any, workdir: epath.Path, splits: Splits, vocabulary: No
     eval_step = parallel.pmap_evaluate(stage1.eval_step, models=networks, config=config)
 
     def create() -> Any:
-        return first_step(None, frozen, parallel.shard(next(data.train(0))), key)[0]
+        state = first_step(None, frozen, parallel.shard(next(data.train(0))), key)[0]
+        if not config.training.initial:
+            return state
+        return parallel.replicate(initial.load(config, parallel.to_host(state))[0])
 
     def shapes() -> Any:
         local = (jax.local_device_count(), config.training.batch_size // jax.device_count())
@@ -223,8 +226,12 @@ def diffusion(config: Any, workdir: epath.Path, splits: Splits, vocabulary: cond
     eval_step = parallel.pmap_evaluate(stage2.eval_step, models=networks, schedule=schedule, config=config)
 
     def create() -> Any:
-        factor = first_stage_lib.measure_scale_factor(config, networks, frozen, data.train(0))
-        return parallel.replicate(create_state().replace(scale_factor=np.float32(factor)))
+        state, factor = create_state(), config.first_stage.scale_factor
+        if config.training.initial:
+            state, origin_of_weights = initial.load(config, parallel.to_host(state))
+            factor = factor or origin_of_weights["scale_factor"]
+        factor = factor or first_stage_lib.measure_scale_factor(config, networks, frozen, data.train(0))
+        return parallel.replicate(state.replace(scale_factor=np.float32(factor)))
 
     def shapes() -> Any:
         return jax.eval_shape(create_state)

@@ -34,8 +34,11 @@ def copy_once(config: Any, networks: models.Models, workdir: epath.Path) -> dict
     if not checkpoint.has_frozen(workdir, name=NAME):
         tokens = jnp.zeros((1, options.text.max_length), jnp.int32)
         shapes = jax.eval_shape(stage2.sequence_conditioner(networks).init, jax.random.key(0), tokens)["params"]
-        tree = weights.load_clip_text(options.text.weights, shapes)
         source = str(epath.Path(options.text.weights).expanduser().resolve())
+        if checkpoint.has_frozen(source, name=NAME):  # a workdir that has a copy
+            checkpoint.save_frozen(workdir, *checkpoint.load_frozen(source, name=NAME), name=NAME)
+            return read(config, networks, workdir)
+        tree = weights.load_clip_text(options.text.weights, shapes)
         checkpoint.save_frozen(workdir, tree, {"source": source, "digest": checkpoint.digest(tree)}, name=NAME)
     return read(config, networks, workdir)
 

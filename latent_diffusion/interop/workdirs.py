@@ -1,0 +1,124 @@
+"""Models of others as workdirs, as if they had been trained here, and back."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from latent_diffusion import checkpoint, conditions, defaults, models
+from latent_diffusion import config as config_lib
+from latent_diffusion.errors import UserError
+from latent_diffusion.interop.compvis import Component, Imported
+from latent_diffusion.training import diffusion as stage2
+from latent_diffusion.training import text_encoder
+
+
+def write(
+    imported: Imported, workdir: epath.PathLike, *, source: str, step: int = 0,
+    tokenizer: conditions.Tokenizer | None = None,
+) -> None:
+    """Writes a workdir: the config, one checkpoint with the weights (as trained, and averages), the frozen first stage
+    and text encoder, the tokenizer.
+
+    Args:
+      imported: from `compvis.read_model` or `diffusers.read_model`.
+      workdir: an empty or new folder, or a bucket's.
+      source: where the weights came from, kept beside them.
+      step: how long they were trained; the number of the checkpoint.
+      tokenizer: of a text model.
+
+    Raises:
+      UserError: a workdir that holds something, a text model without tokenizer, or one that does not fit.
+    """
+    workdir, config = epath.Path(workdir), imported.config
+    if workdir.exists() and any(workdir.iterdir()):
+        raise UserError(f"--workdir {workdir} is not empty; give another")
+    if config.stage == "diffusion" and config.conditioning.crossattn == "text":
+        config = _with_tokenizer(config, tokenizer)
+    workdir.mkdir(parents=True, exist_ok=True)
+    params, metadata = dict(imported.params), {"step": step, "stage": config.stage, "data": {"next_index": step}}
+    if config.stage == "diffusion":
+        metadata["scale_factor"] = config.first_stage.scale_factor
+        _write_frozen(config, params, workdir, source, step)
+    trained = ("unet", "conditioner", "autoencoder", "logvar")
+    items = {"params": {name: params[name] for name in trained if name in params}, "ema": imported.ema_params}
+    if "discriminator" in params:
+        items["discriminator"] = {"params": params["discriminator"], "stats": params.get("discriminator_stats", {})}
+    with checkpoint.open_manager(workdir) as manager:
+        checkpoint.save(manager, step, items, metadata | {"config": config_lib.to_json(config)})
+        manager.wait_until_finished()
+    if tokenizer is not None:
+        tokenizer.save(workdir)
+    rows = [dataclasses.asdict(row) for row in imported.report]
+    (workdir / checkpoint.IMPORTED).write_text(json.dumps({"source": source, "step": step, "report": rows}, indent=1))
+    (workdir / "config.json").write_text(config_lib.to_json(config))
+
+
+def _with_tokenizer(config: ConfigDict, tokenizer: conditions.Tokenizer | None) -> ConfigDict:
+    if tokenizer is None:
+        kind = "a folder with vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz" if (
+            config.conditioning.text.kind == "clip") else "bert-base-uncased's vocab.txt"
+        raise UserError(f"a text model needs its tokenizer: give {kind} with --vocab")
+    if tokenizer.size != config.conditioning.text.vocab_size:
+        raise UserError(f"--vocab has {tokenizer.size} entries, but the model's text encoder has "
+                        f"{config.conditioning.text.vocab_size}")
+    return config
+
+
+def _write_frozen(config: ConfigDict, params: dict[str, Any], workdir: epath.Path, source: str, step: int) -> None:
+    """Moves what is never trained out of `params` into the workdir."""
+    first_stage = params.pop("first_stage", None)
+    if first_stage is not None:
+        stage1 = defaults.autoencoder()
+        stage1.model.update(config.first_stage.model.to_dict())
+        stage1.data.update(dict(image_size=config.data.image_size, channels=config.data.channels))
+        tree = {"autoencoder": first_stage}
+        checkpoint.save_frozen(workdir, tree, {"source": source, "step": step, "digest": checkpoint.digest(tree),
+                                               "config": config_lib.to_json(stage1)})
+    if stage2.has_frozen_text(config.conditioning):
+        tree = params.pop("conditioner")
+        checkpoint.save_frozen(workdir, tree, {"source": source, "digest": checkpoint.digest(tree)},
+                               name=text_encoder.NAME)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a workdir holds: its config with the scale factor filled in, the parameters as `compvis.export_model` takes
+    them, the averages, and the step."""
+
+    config: ConfigDict
+    params: Mapping[str, Any]
+    ema_params: Mapping[str, Any]
+    step: int
+
+
+def read(workdir: epath.PathLike, step: int | None = None) -> Trained:
+    """Reads a workdir of either stage, trained here or imported. Raises UserError where there is none."""
+    workdir = epath.Path(workdir).expanduser()
+    if not (workdir / "config.json").exists():
+        raise UserError(f"--workdir {workdir} is not a workdir of a training run: it has no config.json")
+    config = config_lib.from_json((workdir / "config.json").read_text())
+    trees, metadata, step = checkpoint.load(workdir, ("params", "ema"), step)
+    params = dict(trees["params"])
+    if config.stage == "diffusion":
+        with config.unlocked():
+            measured = not config.first_stage.scale_factor
+            config.first_stage.scale_by_std = bool(config.first_stage.scale_by_std or measured)
+            config.first_stage.scale_factor = float(np.float32(metadata["scale_factor"]))
+        if config.first_stage.model.kind != "identity":
+            params["first_stage"] = checkpoint.load_frozen(workdir)[0]["autoencoder"]
+        frozen = text_encoder.read(config, models.build(config), workdir)
+        params = stage2.with_frozen(params, {"conditioner": frozen}) | {
+            name: params[name] for name in ("first_stage", "logvar") if name in params}
+    return Trained(config, params, trees["ema"], step)
+
+
+def components(config: ConfigDict, params: Mapping[str, Any], target: str) -> list[Component]:
+    """Rows on what is written where."""
+    import jax
+
+    return [Component(name, sum(x.size for x in jax.tree.leaves(tree)), target) for name, tree in params.items()]
