@@ -15,7 +15,8 @@ from latent_diffusion import config as config_lib
 from latent_diffusion.errors import UserError, read_text
 
 FILE = "configs/finetune.py"
-VARIANTS = {"weights": {}}
+VARIANTS: dict = {}  # the workdir is all
+ARGUMENTS = {**config_lib.data_arguments("diffusion"), "from": (str, lambda path: {})}
 
 
 def _of_workdir(workdir: str):
@@ -39,7 +40,5 @@ def get_config(argument: str = ""):
     """The config that ``configs/finetune.py:argument`` names."""
     given = [part.partition("=") for part in (argument or "").split(",")]
     workdir = next((value for key, _, value in given if key == "from"), "")
-    base = _of_workdir(workdir)
-    arguments = config_lib.data_arguments(base.stage) | {"from": (str, lambda path: {})}
-    arguments.pop("channels", None)
-    return config_lib.resolve(argument, base, file=FILE, variants=VARIANTS, modifiers={}, arguments=arguments)
+    return config_lib.resolve(argument, _of_workdir(workdir), file=FILE, variants=VARIANTS, modifiers={},
+                              arguments=ARGUMENTS)

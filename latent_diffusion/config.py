@@ -71,7 +71,7 @@ def resolve(
                             f"choose from {', '.join(known)}")
     if len(chosen) > 1:
         raise UserError(f"{file}: {' and '.join(chosen)} are both variants; name one")
-    overrides = [variants[chosen[0] if chosen else next(iter(variants))]]
+    overrides = [variants[name] for name in chosen or list(variants)[:1]]
     overrides += [modifiers[name] for name in modifiers if name in named]
     overrides += [arguments[key][1](value) for key, value in values.items()]
     for override in overrides:

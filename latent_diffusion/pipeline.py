@@ -115,11 +115,26 @@ class LatentDiffusion:
         config, params = compvis.import_model(description, tensors, use_ema=use_ema)
         if config.stage != "diffusion":
             raise UserError(f"{weights} is a first stage; give a diffusion model")
-        params = {name: params.get(name, {}) for name in ("unet", "conditioner", "first_stage")}
+        return cls._of_others(config, params, vocabulary, int(rest.get("global_step", 0)))
+
+    @classmethod
+    def from_diffusers(cls, folder: epath.PathLike) -> "LatentDiffusion":
+        """The model of a pipeline's folder, with its tokenizer. Raises UserError: see
+        `interop.diffusers.import_model`."""
+        from latent_diffusion.interop import diffusers
+
+        config, params = diffusers.import_model(folder)
+        return cls._of_others(config, params, diffusers.tokenizer(folder, config))
+
+    @classmethod
+    def _of_others(
+        cls, config: Any, params: Mapping[str, Any], vocabulary: conditions_lib.Tokenizer | None, step: int = 0
+    ) -> "LatentDiffusion":
+        params = {name: params[name] for name in ("unet", "conditioner", "first_stage") if name in params}
         return cls(
             config=config, models=models.build(config), schedule=schedule_lib.from_config(config.diffusion),
-            params=parallel.replicate({name: tree for name, tree in params.items() if tree or name == "first_stage"}),
-            scale_factor=config.first_stage.scale_factor, vocabulary=vocabulary, step=int(rest.get("global_step", 0)))
+            params=parallel.replicate({"first_stage": {}} | params), scale_factor=config.first_stage.scale_factor,
+            vocabulary=vocabulary, step=step)
 
     def sample(
         self,

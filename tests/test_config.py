@@ -9,7 +9,7 @@ from latent_diffusion import config as config_lib
 from latent_diffusion.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
-FILES = sorted(path.stem for path in CONFIGS.glob("*.py"))
+FILES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "finetune")  # that one needs a workdir
 
 
 def load(name: str, argument: str = ""):

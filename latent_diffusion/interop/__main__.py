@@ -1,11 +1,14 @@
 """Weights in and out.
 
     python -m latent_diffusion.interop import --checkpoint model.ckpt --yaml config.yaml --workdir DIR
+    python -m latent_diffusion.interop import --checkpoint FOLDER --workdir DIR
     python -m latent_diffusion.interop export --workdir DIR --format compvis --output model.ckpt
+    python -m latent_diffusion.interop export --workdir DIR --format diffusers --output FOLDER
 
 `import` makes an ordinary workdir of a model of CompVis latent-diffusion (a .ckpt, .pt or .safetensors file with its
-yaml file). `sample.py` draws from it, and training goes on from it with configs/finetune.py. `export` writes a model
-that was trained here, or imported, as such a file, with its yaml file beside it. Nothing in a file is executed.
+yaml file) or of a pipeline of diffusers (its folder). `sample.py` draws from it, and training goes on from it with
+configs/finetune.py. `export` writes a model that was trained here, or imported, for either. Nothing in a file is
+executed.
 """
 
 import argparse
@@ -19,7 +22,7 @@ from etils import epath
 
 from latent_diffusion import conditions, tensor_files
 from latent_diffusion.errors import UserError
-from latent_diffusion.interop import compvis, settings, workdirs
+from latent_diffusion.interop import compvis, diffusers, settings, workdirs
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,47 +38,87 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--debug", action="store_true", help="show where an error arose")
     commands = parser.add_subparsers(dest="command", required=True, metavar="import|export")
-    add = commands.add_parser("import", help="a file of weights -> a workdir").add_argument
-    add("--checkpoint", required=True, metavar="FILE", help="the weights")
-    add("--yaml", required=True, metavar="FILE", help="the model's description, the reference's config.yaml")
+    add = commands.add_parser("import", help="weights -> a workdir").add_argument
+    add("--checkpoint", required=True, metavar="PATH", help="a file of weights, or the folder of a diffusers pipeline")
+    add("--yaml", metavar="FILE", help="of a file: the model's description, the reference's config.yaml")
     add("--workdir", required=True, metavar="DIR", help="the workdir that is made; must be empty")
-    add("--vocab", metavar="PATH", help="a text model's tokenizer: BERT's vocab.txt, or CLIP's folder or .txt.gz file")
-    add = commands.add_parser("export", help="a workdir -> a file of weights").add_argument
-    add("--workdir", required=True, metavar="DIR", help="of a training run of either stage, or imported")
-    add("--format", required=True, choices=("compvis",), help="whose")
-    add("--output", required=True, metavar="FILE", help=".ckpt, .pt or .safetensors; a yaml file is written beside it")
+    add("--vocab", metavar="PATH", help="a text model's tokenizer: BERT's vocab.txt, or CLIP's folder or .txt.gz file; "
+        "a folder of diffusers brings its own")
+    add = commands.add_parser("export", help="a workdir -> weights").add_argument
+    add("--workdir", required=True, metavar="DIR", help="of a training run, or imported")
+    add("--format", required=True, choices=tuple(EXPORTS), help="whose")
+    add("--output", required=True, metavar="PATH",
+        help="compvis: a .ckpt, .pt or .safetensors file, with a yaml file beside it; diffusers: a folder")
     add("--step", type=int, help="which checkpoint (default: the latest)")
     return parser.parse_args(argv)
 
 
+# --- in --------------------------------------------------------------------------------------------------------------
+
+
 def import_(args: argparse.Namespace) -> None:
-    description = settings.read(args.yaml)
-    settings.to_config(description)  # a description that cannot be used is said before gigabytes are read
-    tensors, rest = tensor_files.open_tensors(args.checkpoint)
-    imported = compvis.read_model(description, tensors)
-    text = imported.config.conditioning.get("text") if imported.config.conditioning.get("crossattn") == "text" else None
-    tokenizer = conditions.TOKENIZERS[text.kind](args.vocab) if text and args.vocab else None
-    step = rest.get("global_step", 0)
-    workdirs.write(imported, args.workdir, source=str(epath.Path(args.checkpoint).expanduser().resolve()),
-                   step=step if isinstance(step, int) and step >= 0 else 0, tokenizer=tokenizer)
+    source = epath.Path(args.checkpoint).expanduser()
+    if (source / diffusers.INDEX).exists():
+        imported, step = diffusers.read_model(source), 0
+        tokenizer = diffusers.tokenizer(source, imported.config) if not args.vocab else _tokenizer(imported, args.vocab)
+    else:
+        imported, step = _read_compvis(source, args.yaml)
+        tokenizer = _tokenizer(imported, args.vocab)
+    workdirs.write(imported, args.workdir, source=str(source.resolve()), step=step, tokenizer=tokenizer)
     print_table(imported.report)
     print(f"written to {args.workdir}, step {step}")
 
 
+def _read_compvis(source: epath.Path, description: str | None) -> tuple[compvis.Imported, int]:
+    if source.is_dir():
+        raise UserError(f"--checkpoint {source} is a folder without {diffusers.INDEX}, so no pipeline of diffusers")
+    if description is None:
+        raise UserError(f"--checkpoint {source} needs its description, the yaml file that came with it: give --yaml")
+    described = settings.read(description)
+    settings.to_config(described)  # a description that cannot be used is said before gigabytes are read
+    tensors, rest = tensor_files.open_tensors(source)
+    step = rest.get("global_step", 0)
+    return compvis.read_model(described, tensors), step if isinstance(step, int) and step >= 0 else 0
+
+
+def _tokenizer(imported: compvis.Imported, path: str | None) -> conditions.Tokenizer | None:
+    options = imported.config.conditioning
+    text = options.get("crossattn") == "text"
+    if path and not text:
+        raise UserError(f"--vocab {path}: this model takes no text")
+    return conditions.TOKENIZERS[options.text.kind](path) if path else None
+
+
+# --- out -------------------------------------------------------------------------------------------------------------
+
+
 def export(args: argparse.Namespace) -> None:
-    output = epath.Path(args.output).expanduser()
+    trained = workdirs.read(args.workdir, args.step)
+    print_table(EXPORTS[args.format](trained, epath.Path(args.output).expanduser()))
+
+
+def export_compvis(trained: workdirs.Trained, output: epath.Path) -> list[compvis.Component]:
     described = output.with_suffix(".yaml")
     for file in (output, described):
         if file.exists():
             raise UserError(f"--output {file} exists already; give another")
-    trained = workdirs.read(args.workdir, args.step)
     description = settings.to_description(trained.config)
     state = compvis.export_model(trained.config, trained.params, trained.ema_params, step=trained.step)
     output.parent.mkdir(parents=True, exist_ok=True)
     tensor_files.save_tensors(output, state, trained.step)
     described.write_text(yaml.safe_dump(description, sort_keys=False))
-    print_table(workdirs.components(trained.config, trained.params, str(output)))
-    print(f"written to {output}, {len(state)} tensors, described in {described}")
+    averaged = {f"{name}, averaged": tree for name, tree in trained.ema_params.items()}
+    return [*workdirs.components({**trained.params, **averaged}, str(output)),
+            compvis.Component("description", 0, str(described))]
+
+
+def export_diffusers(trained: workdirs.Trained, output: epath.Path) -> list[compvis.Component]:
+    params = {**trained.params, **trained.ema_params}  # what is drawn with
+    diffusers.export_model(trained.config, params, output, trained.tokenizer)
+    return workdirs.components(params, str(output))
+
+
+EXPORTS = {"compvis": export_compvis, "diffusers": export_diffusers}
 
 
 def print_table(rows: Iterable[compvis.Component]) -> None:

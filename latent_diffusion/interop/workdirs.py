@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -88,12 +89,13 @@ def _write_frozen(config: ConfigDict, params: dict[str, Any], workdir: epath.Pat
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """What a workdir holds: its config with the scale factor filled in, the parameters as `compvis.export_model` takes
-    them, the averages, and the step."""
+    them, the averages, the step, and the tokenizer of a text model."""
 
     config: ConfigDict
     params: Mapping[str, Any]
     ema_params: Mapping[str, Any]
     step: int
+    tokenizer: conditions.Tokenizer | None = None
 
 
 def read(workdir: epath.PathLike, step: int | None = None) -> Trained:
@@ -114,11 +116,10 @@ def read(workdir: epath.PathLike, step: int | None = None) -> Trained:
         frozen = text_encoder.read(config, models.build(config), workdir)
         params = stage2.with_frozen(params, {"conditioner": frozen}) | {
             name: params[name] for name in ("first_stage", "logvar") if name in params}
-    return Trained(config, params, trees["ema"], step)
+    text = config.conditioning.text.kind if config.conditioning.get("crossattn") == "text" else None
+    return Trained(config, params, trees["ema"], step, text and conditions.saved_tokenizer(workdir, text))
 
 
-def components(config: ConfigDict, params: Mapping[str, Any], target: str) -> list[Component]:
+def components(params: Mapping[str, Any], target: str) -> list[Component]:
     """Rows on what is written where."""
-    import jax
-
     return [Component(name, sum(x.size for x in jax.tree.leaves(tree)), target) for name, tree in params.items()]
