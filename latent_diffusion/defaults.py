@@ -182,7 +182,7 @@ def diffusion() -> ConfigDict:
                 kind="bert",      # bert: the paper's, trained along | clip: Stable Diffusion v1's, frozen
                 vocab="",         # bert: a BERT vocab.txt; "" = train a WordPiece vocabulary on the captions
                                   # clip: a folder with vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz
-                weights="",       # clip: a safetensors file of CLIP's text encoder; copied into the workdir
+                weights="",       # clip: a file of CLIP's text encoder; copied into the workdir
                 vocab_size=30522, max_length=77, layers=32, heads=8, head_dim=64,
             ),
             layout=dict(

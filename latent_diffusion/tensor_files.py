@@ -65,10 +65,10 @@ def open_tensors(path: epath.PathLike) -> tuple[Mapping[str, np.ndarray], dict[s
     try:
         with path.open("rb") as file:
             start = file.read(16)
+        if start[8:9] == b"{":  # after the length of its header, whose first byte may be any
+            return _safetensors(path)
         if start[:4] == _ZIP_MAGIC or start[:1] == b"\x80":  # an archive, or a pickle
             return _tensors_of(_load_torch(_mapped(path)))
-        if start[8:9] == b"{":
-            return _safetensors(path)
         raise UserError(f"neither a safetensors file nor one that torch.save wrote; {_UNREAD}")
     except UserError as error:
         raise UserError(f"{path}: {error}") from error

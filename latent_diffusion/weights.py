@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import io
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -85,39 +86,37 @@ _TORCH_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "b
 
 
 def load_clip_text(path: epath.PathLike, shapes: dict) -> dict:
-    """The parameters of `models.clip.CLIPTextTransformer` from a safetensors file, float32.
+    """The parameters of `models.clip.CLIPTextTransformer` from a file of tensors, float32.
 
     Args:
-      path: CLIP's text encoder as `transformers` saves it, the whole of CLIP, or a Stable Diffusion v1 checkpoint that
-        holds it; what else is in the file is not read.
+      path: safetensors, or what PyTorch writes, of CLIP's text encoder as `transformers` saves it, of the whole of
+      CLIP,
+        or of Stable Diffusion v1 with it inside; what else is in the file is not read.
       shapes: the tree that is asked for; its leaves have shapes.
 
     Raises:
       UserError: no such file, another format, or a tensor that is missing or of another shape.
     """
-    import safetensors
-
     path = epath.Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"conditioning.text.weights={path} does not exist, or is no file")
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            names = {_CLIP_TEXT_PREFIX.sub("", key).replace(".", "_"): key for key in file.keys()}
-            return _filled(shapes, (), names, file, str(path))
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from error
+    tensors, _ = tensor_files.open_tensors(path)
+    names = {_CLIP_TEXT_PREFIX.sub("", key).replace(".", "_"): key for key in tensors}
+    return _filled(shapes, (), names, tensors, str(path))
 
 
-def _filled(shapes: Any, where: tuple[str, ...], names: dict[str, str], file: Any, path: str) -> Any:
-    """`shapes` with the tensors of an open file; ``names`` are the file's, by ours."""
+def _filled(
+    shapes: Any, where: tuple[str, ...], names: dict[str, str], tensors: Mapping[str, np.ndarray], path: str
+) -> Any:
+    """`shapes` with the tensors of a file; ``names`` are the file's, by ours."""
     if hasattr(shapes, "items"):
-        return {name: _filled(part, (*where, name), names, file, path) for name, part in shapes.items()}
+        return {name: _filled(part, (*where, name), names, tensors, path) for name, part in shapes.items()}
     *module, leaf = where
     name = "_".join([*module, _TORCH_NAMES[leaf]])
     if name not in names:
         raise UserError(f"{path} holds no text encoder of CLIP with conditioning.text.layers layers: it has no "
                         f"{'/'.join(where)}")
-    value = file.get_tensor(names[name]).astype(np.float32)
+    value = tensors[names[name]].astype(np.float32)
     value = value.T if leaf == "kernel" else value
     if value.shape != shapes.shape:
         raise UserError(f"{path}: {names[name]} is {list(value.shape)}, but the config and its tokenizer ask for "

@@ -35,7 +35,7 @@ _KNOWN = (
     (r"first_stage_model\.loss\..*", "losses of the first stage"),
     (r"(model_ema\.)?(decay|num_updates)", "state of the averages"),
     (r"cond_stage_model\.transformer\.to_logits\..*", "a head that nothing uses"),
-    (r".*position_ids", "0, 1, 2, ..."),
+    (r".*position_ids", "positions"),
     (r"loss\.discriminator\..*\.(num_batches_tracked|initialized)", "counters"),
     (r"loss\.perceptual_loss\.scaling_layer\..*", "constants"),
     (r"global_step|epoch", "how long it was trained"),
@@ -131,7 +131,8 @@ class _Reader:
             why = "noise schedule" if key in _BUFFERS else next(
                 (why for pattern, why in _KNOWN if re.fullmatch(pattern, key)), None)
             rows.setdefault(why, []).append(key) if why else unknown.append(key)
-        found = [Component(why, 0, f"{len(keys)} keys, {keys[0]} ...", "not needed") for why, keys in rows.items()]
+        found = [Component(why, 0, keys[0] if len(keys) == 1 else f"{len(keys)} keys, {keys[0]} ...", "not needed")
+                 for why, keys in rows.items()]
         return found, unknown
 
 

@@ -145,7 +145,7 @@ def tokenizer(options: Any, workdir: epath.Path, captions: Any) -> conditions.To
 
 def autoencoder(config: Any, workdir: epath.Path, splits: Splits, vocabulary: None) -> Setup:
     """Stage 1, ready for the loop."""
-    del workdir, vocabulary
+    del vocabulary
     networks = models.build(config)
     tx = (optimizer.create(config), optimizer.create(config, rate_factor=config.optimizer.disc_factor))
     perceptual = config.training.loss.perceptual
@@ -157,9 +157,7 @@ def autoencoder(config: Any, workdir: epath.Path, splits: Splits, vocabulary: No
 
     def create() -> Any:
         state = first_step(None, frozen, parallel.shard(next(data.train(0))), key)[0]
-        if not config.training.initial:
-            return state
-        return parallel.replicate(initial.load(config, parallel.to_host(state))[0])
+        return parallel.replicate(beginning.put_into(parallel.to_host(state))) if beginning else state
 
     def shapes() -> Any:
         local = (jax.local_device_count(), config.training.batch_size // jax.device_count())
@@ -170,6 +168,8 @@ def autoencoder(config: Any, workdir: epath.Path, splits: Splits, vocabulary: No
             one = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
             jax.eval_shape(LPIPS(net=perceptual).init, key, one, one)
         return jax.eval_shape(first_step, None, frozen, batch, key)[0]
+
+    beginning = initial.load(config, workdir, shapes())
 
     def evaluate(state: Any) -> dict[str, float]:
         sums = sum_over_batches(eval_step, stage2.sampling_params(state.params, state.ema_params), frozen,
@@ -214,7 +214,8 @@ def diffusion(config: Any, workdir: epath.Path, splits: Splits, vocabulary: cond
     def create_state() -> Any:
         return stage2.create_state(key, models=networks, tx=tx, config=config)
 
-    jax.eval_shape(create_state)  # networks that do not fit the config say so before anything is copied
+    # Networks and weights that do not fit the config say so before anything is copied.
+    beginning = initial.load(config, workdir, jax.eval_shape(create_state))
     null, encoder = request.null_conditions(config, vocabulary), text_encoder.copy_once(config, networks, workdir)
     first_stage, origin = first_stage_lib.copy_once(config, workdir)
     frozen = parallel.replicate({"first_stage": first_stage, "null": null, "conditioner": encoder})
@@ -227,9 +228,8 @@ def diffusion(config: Any, workdir: epath.Path, splits: Splits, vocabulary: cond
 
     def create() -> Any:
         state, factor = create_state(), config.first_stage.scale_factor
-        if config.training.initial:
-            state, origin_of_weights = initial.load(config, parallel.to_host(state))
-            factor = factor or origin_of_weights["scale_factor"]
+        if beginning:
+            state, factor = beginning.put_into(parallel.to_host(state)), factor or beginning.scale_factor
         factor = factor or first_stage_lib.measure_scale_factor(config, networks, frozen, data.train(0))
         return parallel.replicate(state.replace(scale_factor=np.float32(factor)))
 

@@ -17,7 +17,7 @@ def check(config: Any, workdir: epath.Path) -> None:
     """Raises UserError if the config asks for a frozen text encoder whose weights are nowhere."""
     if stage2.has_frozen_text(config.conditioning) and not config.conditioning.text.weights and (
             not checkpoint.has_frozen(workdir, name=NAME)):
-        raise UserError("conditioning.text.kind=clip is not trained here: give its weights, a safetensors file of "
+        raise UserError("conditioning.text.kind=clip is not trained here: give its weights, a file of "
                         "CLIP's text encoder or of Stable Diffusion v1, with --config.conditioning.text.weights=FILE")
 
 
