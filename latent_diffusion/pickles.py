@@ -42,11 +42,31 @@ def numpy_names() -> dict[tuple[str, str], Any]:
 
 
 def numpy_scalars() -> dict[tuple[str, str], Any]:
-    """The name of a single number of numpy's, for which a Python number is made."""
+    """The names of single numbers of numpy's, for which Python's numbers are made."""
     def scalar(dtype: _Dtype, data: bytes) -> Any:
         return np.frombuffer(data, dtype.dtype, 1)[0].item()
 
-    return {("numpy.core.multiarray", "scalar"): scalar, ("numpy._core.multiarray", "scalar"): scalar}
+    def encode(text: str, encoding: str) -> bytes:  # how bytes are written in pickles of protocol 2
+        if encoding != "latin1":
+            raise UserError(f"the file asks for text in {encoding!r}; it was not read")
+        return str(text).encode("latin1")
+
+    return {("numpy.core.multiarray", "scalar"): scalar, ("numpy._core.multiarray", "scalar"): scalar,
+            ("_codecs", "encode"): encode}
+
+
+class Opaque:
+    """What a pickle may hold and pass on, but neither look into nor change."""
+
+    __slots__ = ()
+
+    def __setstate__(self, _: Any) -> None:
+        raise UserError("the file changes something after it was made; it was not read")
+
+
+def printable(text: str) -> str:
+    """Text of a stranger's for a message: on one line, without control characters."""
+    return text.encode("unicode_escape").decode()
 
 
 class Unpickler(pickle.Unpickler):
@@ -70,7 +90,8 @@ class Unpickler(pickle.Unpickler):
         if module.split(".")[0] in self.skipped:
             self.names.setdefault((module, name), type("Skipped", (_Skipped,), {}))
         if (module, name) not in self.names:
-            raise UserError(f"the file asks for {module}.{name}, but only {self.what} are accepted; it was not read")
+            asked = printable(f"{module}.{name}")
+            raise UserError(f"the file asks for {asked}, but only {self.what} are accepted; it was not read")
         return self.names[module, name]
 
     def persistent_load(self, pid: Any) -> Any:

@@ -108,10 +108,10 @@ class LatentDiffusion:
         Raises:
           UserError: see `interop.compvis.import_model`; also, a first stage.
         """
-        from latent_diffusion.interop import compvis, settings  # they need ml_collections, which sampling does not
+        from latent_diffusion.interop import compvis, compvis_settings  # need ml_collections, which sampling does not
 
         tensors, rest = tensor_files.open_tensors(weights)
-        description = description if isinstance(description, Mapping) else settings.read(description)
+        description = description if isinstance(description, Mapping) else compvis_settings.read(description)
         config, params = compvis.import_model(description, tensors, use_ema=use_ema)
         if config.stage != "diffusion":
             raise UserError(f"{weights} is a first stage; give a diffusion model")

@@ -73,7 +73,7 @@ def open_tensors(path: epath.PathLike) -> tuple[Mapping[str, np.ndarray], dict[s
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # a damaged or hostile file may raise nearly anything
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        reason = pickles.printable((str(error).strip() or "no reason given").splitlines()[0])
         raise UserError(f"{path} is damaged, or no file of tensors ({type(error).__name__}: {reason})") from error
 
 
@@ -89,7 +89,7 @@ def _tensors_of(tree: Any) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
     if not isinstance(tree, dict):
         raise UserError(f"the file holds a {type(tree).__name__} instead of a dict of tensors")
     state = tree.get("state_dict", tree)
-    tensors = {name: value for name, value in state.items() if isinstance(value, np.ndarray)} if isinstance(
+    tensors = {name: value.array for name, value in state.items() if isinstance(value, _Numbers)} if isinstance(
         state, dict) else {}
     if not tensors:
         raise UserError("the file holds no tensors, neither in its state_dict nor beside it")
@@ -130,10 +130,27 @@ def _safetensors(path: epath.Path) -> tuple[Mapping[str, np.ndarray], dict[str, 
 # --- PyTorch's files: the pickle -------------------------------------------------------------------------------------
 
 
-def _view(storage: np.ndarray | None, offset: int, size: Any, stride: Any) -> np.ndarray | None:
-    """A tensor: the numbers of its storage, by their places. None where there are no numbers yet."""
-    if storage is None:
-        return None
+class _Kind(pickles.Opaque):
+    """Stands for a type of numbers, or of a storage of them."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, kind: Any):
+        self.dtype = np.dtype(kind)
+
+
+class _Numbers(pickles.Opaque):
+    """Stands for a storage or a tensor. The array stays out of the pickle's reach: what a tensor is a view of could be
+    taken away from under it there. None where the numbers are not known yet."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, array: np.ndarray | None):
+        self.array = array
+
+
+def _view(storage: np.ndarray, offset: int, size: Any, stride: Any) -> np.ndarray:
+    """A tensor: the numbers of its storage, by their places."""
     size, stride, offset = tuple(map(int, size)), tuple(map(int, stride)), int(offset)
     if len(size) != len(stride) or min(offset, *size, *stride, 0) < 0:
         raise UserError(f"a tensor of size {size}, strides {stride} and offset {offset} is impossible; {_UNREAD}")
@@ -147,11 +164,13 @@ def _view(storage: np.ndarray | None, offset: int, size: Any, stride: Any) -> np
 
 def _names() -> dict[tuple[str, str], Any]:
     """What a file may name. Made anew for each, so that none can change what the next one sees."""
-    def tensor(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Any:
-        return _view(storage, offset, size, stride)
+    def tensor(storage: _Numbers, offset: int, size: Any, stride: Any, *_: Any) -> _Numbers:
+        return _Numbers(None if storage.array is None else _view(storage.array, offset, size, stride))
 
-    def tensor_v3(storage: Any, offset: int, size: Any, stride: Any, _: Any, __: Any, dtype: Any, *___: Any) -> Any:
-        return _view(None if storage is None else storage.view(dtype), offset, size, stride)
+    def tensor_v3(
+        storage: _Numbers, offset: int, size: Any, stride: Any, _: Any, __: Any, kind: _Kind, *___: Any
+    ) -> _Numbers:
+        return tensor(_Numbers(None if storage.array is None else storage.array.view(kind.dtype)), offset, size, stride)
 
     def parameter(data: Any, *_: Any) -> Any:
         return data
@@ -167,24 +186,24 @@ def _names() -> dict[tuple[str, str], Any]:
     return (
         {("collections", "OrderedDict"): OrderedDict, ("torch", "Size"): size, ("torch", "device"): device}
         | {("torch._utils", name): function for name, function in functions.items()}
-        | {(module, name): np.dtype(kind) for name, kind in _STORAGES.items() for module in ("torch", "torch.storage")}
-        | {("torch", name): np.dtype(kind) for name, kind in _DTYPES.items()}
+        | {(module, name): _Kind(kind) for name, kind in _STORAGES.items() for module in ("torch", "torch.storage")}
+        | {("torch", name): _Kind(kind) for name, kind in _DTYPES.items()}
         | pickles.numpy_names() | pickles.numpy_scalars()
     )
 
 
 def _unpickle(file: Any, storage: Storage) -> Any:
     """The object of a pickle whose tensors' numbers come from `storage` (key, type, how many)."""
-    def persistent(pid: Any) -> np.ndarray | None:
-        if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], np.dtype)):
+    def persistent(pid: Any) -> _Numbers:
+        if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], _Kind)):
             raise UserError(f"the file refers to an object outside it that is no tensor's storage; {_UNREAD}")
-        _, dtype, key, _, count, *view = pid
+        _, kind, key, _, count, *view = pid
         if not isinstance(count, int) or count < 0:
             raise UserError(f"the storage {key!r} has an impossible length; {_UNREAD}")
         if view and view[0] is not None:
             raise UserError(f"the storage {key!r} is a view of another one, as PyTorch wrote them before 0.4 only; "
                             "save the file again with a newer PyTorch")
-        return storage(str(key), dtype, count)
+        return _Numbers(storage(str(key), kind.dtype, count))
 
     return pickles.Unpickler(file, _names(), _WHAT, persistent, _SKIPPED).load()
 
@@ -274,16 +293,21 @@ def save_tensors(path: epath.PathLike, tensors: Mapping[str, np.ndarray], step: 
       tensors: by name, of the types that PyTorch has.
       step: written as ``global_step`` into PyTorch's.
 
-    Raises UserError for another ending.
+    Raises UserError for another ending, or a type that PyTorch's files do not have.
     """
     path = epath.Path(path)
+    check_ending(path)
     if path.suffix == ".safetensors":
         import safetensors.numpy
 
         safetensors.numpy.save_file({name: np.asarray(x, order="C") for name, x in tensors.items()}, path)
-    elif path.suffix in (".ckpt", ".pt", ".pth"):
-        _save_zip(path, tensors, step)
     else:
+        _save_zip(path, tensors, step)
+
+
+def check_ending(path: epath.Path) -> None:
+    """Raises UserError for the name of a file that `save_tensors` does not write."""
+    if path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth"):
         raise UserError(f"{path}: a file of weights ends with .safetensors, .ckpt, .pt or .pth")
 
 
@@ -293,6 +317,8 @@ def _save_zip(path: epath.Path, tensors: Mapping[str, np.ndarray], step: int) ->
     program = [pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.MARK]
     program += [_pickled("state_dict"), ordered_dict, pickle.MARK]
     for number, (name, x) in enumerate(tensors.items()):
+        if x.dtype not in storages:
+            raise UserError(f"{name} is of type {x.dtype}, which {path.suffix} files do not have; write .safetensors")
         stride = tuple(int(np.prod(x.shape[i + 1 :], dtype=int)) for i in range(x.ndim))  # as it is written, C order
         place = (_pickled("storage"), _global("torch", storages[x.dtype]), *map(_pickled, (str(number), "cpu", x.size)))
         program += [

@@ -17,7 +17,8 @@ from latent_diffusion.interop import __main__ as interop
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-DOCSTRINGS = [ROOT / "sample.py", ROOT / "latent_diffusion" / "interop" / "__main__.py", *sorted((ROOT / "configs").glob("*.py"))]  # they show commands too
+DOCSTRINGS = [ROOT / "sample.py", ROOT / "latent_diffusion/interop/__main__.py",  # they show commands too
+              *sorted((ROOT / "configs").glob("*.py"))]
 STAND_INS = re.compile(r"\b[A-Z]{2,}\b")  # DIR, SET, AE: for the reader to replace
 
 

@@ -215,7 +215,7 @@ def _plms(
         eps = predict_eps(here, row["t_here"])
         combined = jnp.tensordot(row["weights"], jnp.concatenate([eps[None], before]), 1)
         x0 = process.to_x0(schedule, "eps", combined, start, jnp.full(z_T.shape[:1], row["t"], jnp.int32))
-        reached = ddim_step(row, start, x0, combined, 0.0, eta=0.0, temperature=0.0)
+        reached = ddim_step(row, start, x0, combined, jnp.zeros_like(start), eta=0.0, temperature=0.0)
         before = jnp.where(row["is_second"], before, jnp.concatenate([eps[None], before[:-1]]))
         return (reached, jnp.where(row["is_first"], start, reached), before), None
 

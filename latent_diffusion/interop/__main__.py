@@ -19,10 +19,11 @@ from typing import NoReturn
 
 import yaml
 from etils import epath
+from ml_collections import ConfigDict
 
 from latent_diffusion import conditions, tensor_files
 from latent_diffusion.errors import UserError
-from latent_diffusion.interop import compvis, diffusers, settings, workdirs
+from latent_diffusion.interop import compvis, compvis_description, compvis_settings, diffusers, workdirs
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,35 +59,42 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def import_(args: argparse.Namespace) -> None:
     source = epath.Path(args.checkpoint).expanduser()
-    if (source / diffusers.INDEX).exists():
-        imported, step = diffusers.read_model(source), 0
-        tokenizer = diffusers.tokenizer(source, imported.config) if not args.vocab else _tokenizer(imported, args.vocab)
-    else:
-        imported, step = _read_compvis(source, args.yaml)
-        tokenizer = _tokenizer(imported, args.vocab)
+    read = _read_diffusers if (source / diffusers.INDEX).exists() else _read_compvis
+    imported, tokenizer, step = read(source, args)
     workdirs.write(imported, args.workdir, source=str(source.resolve()), step=step, tokenizer=tokenizer)
     print_table(imported.report)
     print(f"written to {args.workdir}, step {step}")
 
 
-def _read_compvis(source: epath.Path, description: str | None) -> tuple[compvis.Imported, int]:
+Read = tuple[compvis.Imported, conditions.Tokenizer | None, int]  # with the step
+
+
+def _read_diffusers(source: epath.Path, args: argparse.Namespace) -> Read:
+    config = diffusers.read_config(source)
+    tokenizer = _tokenizer(config, args.vocab) or diffusers.tokenizer(source, config)
+    workdirs.check(config, args.workdir, tokenizer)
+    return diffusers.read_model(source), tokenizer, 0
+
+
+def _read_compvis(source: epath.Path, args: argparse.Namespace) -> Read:
     if source.is_dir():
         raise UserError(f"--checkpoint {source} is a folder without {diffusers.INDEX}, so no pipeline of diffusers")
-    if description is None:
+    if args.yaml is None:
         raise UserError(f"--checkpoint {source} needs its description, the yaml file that came with it: give --yaml")
-    described = settings.read(description)
-    settings.to_config(described)  # a description that cannot be used is said before gigabytes are read
+    described = compvis_settings.read(args.yaml)
+    config = compvis_settings.to_config(described)  # mistakes are said before gigabytes are read
+    tokenizer = _tokenizer(config, args.vocab)
+    clip = config.conditioning.get("crossattn") == "text" and config.conditioning.text.kind == "clip"
+    workdirs.check(config, args.workdir, tokenizer, measured=not clip)
     tensors, rest = tensor_files.open_tensors(source)
     step = rest.get("global_step", 0)
-    return compvis.read_model(described, tensors), step if isinstance(step, int) and step >= 0 else 0
+    return compvis.read_model(described, tensors), tokenizer, step if isinstance(step, int) and step >= 0 else 0
 
 
-def _tokenizer(imported: compvis.Imported, path: str | None) -> conditions.Tokenizer | None:
-    options = imported.config.conditioning
-    text = options.get("crossattn") == "text"
-    if path and not text:
+def _tokenizer(config: ConfigDict, path: str | None) -> conditions.Tokenizer | None:
+    if path and config.conditioning.get("crossattn") != "text":
         raise UserError(f"--vocab {path}: this model takes no text")
-    return conditions.TOKENIZERS[options.text.kind](path) if path else None
+    return conditions.TOKENIZERS[config.conditioning.text.kind](path) if path else None
 
 
 # --- out -------------------------------------------------------------------------------------------------------------
@@ -99,10 +107,11 @@ def export(args: argparse.Namespace) -> None:
 
 def export_compvis(trained: workdirs.Trained, output: epath.Path) -> list[compvis.Component]:
     described = output.with_suffix(".yaml")
+    tensor_files.check_ending(output)
     for file in (output, described):
         if file.exists():
             raise UserError(f"--output {file} exists already; give another")
-    description = settings.to_description(trained.config)
+    description = compvis_description.to_description(trained.config)
     state = compvis.export_model(trained.config, trained.params, trained.ema_params, step=trained.step)
     output.parent.mkdir(parents=True, exist_ok=True)
     tensor_files.save_tensors(output, state, trained.step)

@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 from latent_diffusion import weights
 from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.errors import UserError
-from latent_diffusion.interop import names, settings
+from latent_diffusion.interop import compvis_names as names
+from latent_diffusion.interop import compvis_settings as settings
 from latent_diffusion.interop import parts as parts_lib
 
 StateDict = Mapping[str, np.ndarray]
@@ -80,7 +81,8 @@ def import_model(
       views of those given where possible. The scale factor is ``config.first_stage.scale_factor``.
 
     Raises:
-      UserError: a description that `settings.to_config` refuses; a key that is missing or of another shape, by name;
+      UserError: a description that `compvis_settings.to_config` refuses; a key that is missing or of another shape, by
+      name;
         a noise schedule in the file that is not the description's.
     """
     imported = read_model(model_yaml, state_dict)
@@ -107,7 +109,7 @@ class _Reader:
         """A parameter as our tree has it: float32, axes in our order."""
         if key not in self.keys:
             raise UserError(f"the weights lack {key}, which {purpose} needs")
-        value = names.from_torch(path, self.state_dict[key])
+        value = names.from_torch(path, np.asarray(self.state_dict[key]))
         if value.size == np.prod(shape, dtype=int) and key.endswith((".loc", ".scale")):
             value = value.reshape(shape)  # ActNorm's parameters are (1, c, 1, 1) there
         if value.shape != tuple(shape):
@@ -163,8 +165,11 @@ def _read_diffusion(config: ConfigDict, reader: _Reader) -> Imported:
         params["logvar"] = reader.take("logvar", ("logvar",), (config.diffusion.timesteps,), "diffusion.learn_logvar")
         rows.append(Component("logvar", config.diffusion.timesteps, "logvar"))
     if "scale_factor" in reader.keys:
+        if np.size(reader.state_dict["scale_factor"]) != 1:
+            raise UserError("scale_factor in the weights is not one number")
         reader.taken.add("scale_factor")
-        config.first_stage.update(dict(scale_factor=float(reader.state_dict["scale_factor"]), scale_by_std=True))
+        factor = float(np.ravel(reader.state_dict["scale_factor"])[0])
+        config.first_stage.update(dict(scale_factor=factor, scale_by_std=True))
     elif not config.first_stage.scale_factor:
         raise UserError("the weights lack scale_factor, which model.params.scale_by_std needs")
     _compare_copies(reader)
@@ -204,6 +209,8 @@ def _check_schedule(config: ConfigDict, reader: _Reader) -> None:
     """A file whose betas are others than the description's was trained with another description."""
     betas = reader.state_dict.get("betas")
     ours = schedule_lib.from_config(config.diffusion).betas
+    if betas is not None and np.ndim(betas) != 1:
+        raise UserError(f"betas in the weights has the shape {list(np.shape(betas))}, not one number for each timestep")
     if betas is not None and (betas.shape != ours.shape or not np.allclose(betas, ours, rtol=1e-4, atol=1e-8)):
         raise UserError(f"the weights have the noise schedule {_span(betas)}, the description {_span(ours)}; it is not "
                         "theirs (timesteps, beta_schedule, linear_start, linear_end)")

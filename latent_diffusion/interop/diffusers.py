@@ -38,15 +38,10 @@ def import_model(folder: epath.PathLike) -> tuple[ConfigDict, dict[str, Any]]:
 
 def read_model(folder: epath.PathLike) -> Imported:
     """`import_model` with a report."""
-    folder = epath.Path(folder).expanduser()
-    index = _json(folder / INDEX)
-    name = index.get("_class_name")
-    if name not in settings.PIPELINES:
-        raise UserError(f"{folder / INDEX}: {name} is not known here; known are {', '.join(settings.PIPELINES)}")
-    vae = folder / ("vae" if "vae" in index else "vqvae")
-    config = _config(folder, vae, name)
+    folder, config = epath.Path(folder).expanduser(), read_config(folder)
+    name, vae = _pipeline(folder)
     rows, params = [], {}
-    where = {"unet": folder / "unet", "first_stage": vae,
+    where = {"unet": folder / "unet", "first_stage": folder / vae,
              "conditioner": folder / ("bert" if name == "LDMTextToImagePipeline" else "text_encoder")}
     for part in parts_lib.of_diffusion(config):
         tree, unknown = _read_part(part, where[part.where[0]], config)
@@ -54,6 +49,22 @@ def read_model(folder: epath.PathLike) -> Imported:
         rows.append(Component(part.where[0], part.size, str(where[part.where[0]]),
                               f"not used: {', '.join(unknown[:3])}" if unknown else ""))
     return Imported(config, params, {}, tuple(rows))
+
+
+def read_config(folder: epath.PathLike) -> ConfigDict:
+    """The config alone. Raises UserError as `import_model`."""
+    folder = epath.Path(folder).expanduser()
+    name, vae = _pipeline(folder)
+    return _config(folder, folder / vae, name)
+
+
+def _pipeline(folder: epath.Path) -> tuple[str, str]:
+    """The pipeline's class, and the folder of its first stage."""
+    index = _json(folder / INDEX)
+    name = index.get("_class_name")
+    if name not in settings.PIPELINES:
+        raise UserError(f"{folder / INDEX}: {name} is not known here; known are {', '.join(settings.PIPELINES)}")
+    return name, "vae" if "vae" in index else "vqvae"
 
 
 def tokenizer(folder: epath.PathLike, config: ConfigDict) -> conditions.Tokenizer | None:

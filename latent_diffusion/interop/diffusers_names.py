@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_diffusion.interop import names
+from latent_diffusion.interop import compvis_names as names
 
 Path = tuple[str, ...]
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}

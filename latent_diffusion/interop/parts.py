@@ -11,7 +11,7 @@ from flax import traverse_util
 
 from latent_diffusion import models
 from latent_diffusion.errors import UserError
-from latent_diffusion.interop import names
+from latent_diffusion.interop import compvis_names as names
 from latent_diffusion.models.perceptual import LPIPS
 from latent_diffusion.training import autoencoder as stage1
 from latent_diffusion.training import diffusion as stage2

@@ -36,10 +36,7 @@ def write(
       UserError: a workdir that holds something, a text model without tokenizer, or one that does not fit.
     """
     workdir, config = epath.Path(workdir), imported.config
-    if workdir.exists() and any(workdir.iterdir()):
-        raise UserError(f"--workdir {workdir} is not empty; give another")
-    if config.stage == "diffusion" and config.conditioning.crossattn == "text":
-        config = _with_tokenizer(config, tokenizer)
+    check(config, workdir, tokenizer)
     workdir.mkdir(parents=True, exist_ok=True)
     params, metadata = dict(imported.params), {"step": step, "stage": config.stage, "data": {"next_index": step}}
     if config.stage == "diffusion":
@@ -59,15 +56,24 @@ def write(
     (workdir / "config.json").write_text(config_lib.to_json(config))
 
 
-def _with_tokenizer(config: ConfigDict, tokenizer: conditions.Tokenizer | None) -> ConfigDict:
-    if tokenizer is None:
+def check(
+    config: ConfigDict, workdir: epath.PathLike, tokenizer: conditions.Tokenizer | None, *, measured: bool = True
+) -> None:
+    """The errors of `write` that can be told before any weights are read; not `measured`: the weights tell how many
+    tokens there are."""
+    workdir = epath.Path(workdir)
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise UserError(f"--workdir {workdir} is not empty; give another")
+    text = config.conditioning.get("crossattn") == "text"
+    if tokenizer is not None and not text:
+        raise UserError("--vocab is given, but this model takes no text")
+    if text and tokenizer is None:
         kind = "a folder with vocab.json and merges.txt, or bpe_simple_vocab_16e6.txt.gz" if (
             config.conditioning.text.kind == "clip") else "bert-base-uncased's vocab.txt"
         raise UserError(f"a text model needs its tokenizer: give {kind} with --vocab")
-    if tokenizer.size != config.conditioning.text.vocab_size:
+    if text and measured and tokenizer.size != config.conditioning.text.vocab_size:
         raise UserError(f"--vocab has {tokenizer.size} entries, but the model's text encoder has "
                         f"{config.conditioning.text.vocab_size}")
-    return config
 
 
 def _write_frozen(config: ConfigDict, params: dict[str, Any], workdir: epath.Path, source: str, step: int) -> None:

@@ -53,9 +53,14 @@ def load(config: Any, workdir: epath.Path, shapes: Any) -> Beginning | None:
         raise UserError(f"training.initial={given} holds stage {stage!r}, this is {config.stage!r}")
     trees, metadata, _ = checkpoint.load(source, ("params", "ema"))
     found = traverse_util.flatten_dict(stage2.sampling_params(trees["params"], trees["ema"]), sep="/")
-    params = {}
-    for name, leaf in traverse_util.flatten_dict(dict(shapes.params), sep="/").items():
-        if any(name == skip or name.startswith(f"{skip}/") for skip in config.training.initial_skip):
+    params, wanted = {}, traverse_util.flatten_dict(dict(shapes.params), sep="/")
+    skipped = {skip: [name for name in wanted if f"{name}/".startswith(f"{skip}/")]
+               for skip in config.training.initial_skip}
+    if unknown := [skip for skip, matching in skipped.items() if not matching]:
+        raise UserError(f"training.initial_skip: this model has no parameters {unknown[0]!r}; choose from "
+                        f"{', '.join(sorted({name.split('/')[0] for name in wanted}))} and what is in them")
+    for name, leaf in wanted.items():
+        if any(name in matching for matching in skipped.values()):
             continue
         there = found[name].shape if name in found else None
         if there != leaf.shape:

@@ -12,7 +12,9 @@ import reference_keys as reference
 from reference_models import AUTOENCODERS, LOSS, MODELS, VQ, draw, state_of
 
 from latent_diffusion.errors import UserError
-from latent_diffusion.interop import compvis, parts, settings
+from latent_diffusion.interop import compvis, parts
+from latent_diffusion.interop import compvis_settings as settings
+from latent_diffusion.interop.compvis_description import to_description
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,7 +72,7 @@ def test_what_comes_in_goes_out_again(name, read):
 @pytest.mark.parametrize("name", MODELS)
 def test_descriptions_come_back(name):
     config = settings.to_config(MODELS[name])
-    assert settings.to_config(settings.to_description(config)) == config
+    assert settings.to_config(to_description(config)) == config
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)
@@ -95,7 +97,7 @@ def test_first_stages_come_in_and_go_out_again(name):
     imported = compvis.read_model(description, state)
     assert "unknown" not in {row.name for row in imported.report}, imported.report
     config = imported.config
-    assert settings.to_config(settings.to_description(config)) == config
+    assert settings.to_config(to_description(config)) == config
     assert bool(imported.ema_params) == bool(params.get("use_ema"))
     if name == "kl":
         assert imported.params["logvar"] == state["loss.logvar"]
@@ -294,7 +296,7 @@ def test_what_latent_diffusion_does_not_have(section, values, needle):
     config = settings.to_config(MODELS["class"])
     with config.unlocked():
         config[section].update(values)
-    refused(lambda: settings.to_description(config), needle)
+    refused(lambda: to_description(config), needle)
 
 
 def test_parameters_that_do_not_fit_the_config(read):
@@ -304,3 +306,25 @@ def test_parameters_that_do_not_fit_the_config(read):
     refused(lambda: compvis.export_model(imported.config, params), "embedding", "[10, 32]", "[11, 32]")
     params["conditioner"] = {"table": np.zeros((11, 32), np.float32)}
     refused(lambda: compvis.export_model(imported.config, params), "conditioner are not those of the config")
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 2, 3, 4, 5)])
+def test_a_kernel_with_another_number_of_axes(shape):
+    key, state = "model.diffusion_model.out.2.weight", state_of(MODELS["pixels"])
+    with pytest.raises(UserError, match=f"{key} has the shape"):
+        compvis.read_model(MODELS["pixels"], state | {key: np.zeros(shape, np.float32)})
+
+
+def test_a_table_and_a_factor_that_are_none():
+    state = state_of(MODELS["unconditional"])
+    for key, value in (("betas", np.float32(3)), ("scale_factor", np.ones(2, np.float32))):
+        with pytest.raises(UserError, match=key):
+            compvis.read_model(MODELS["unconditional"], state | {key: np.asarray(value)})
+
+
+@pytest.mark.parametrize("key, value", [("timesteps", "many"), ("image_size", "big")])
+def test_values_of_the_wrong_type_in_a_description(key, value):
+    description = copy.deepcopy(MODELS["class"])
+    description["model"]["params"][key] = value
+    with pytest.raises(UserError, match=key):
+        settings.to_config(description)

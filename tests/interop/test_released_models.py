@@ -6,7 +6,9 @@ import pytest
 import reference_keys as reference
 from reference_keys import IDENTITY, describe_diffusion, describe_first_stage, encoder
 
-from latent_diffusion.interop import compvis, settings
+from latent_diffusion.interop import compvis
+from latent_diffusion.interop import compvis_settings as settings
+from latent_diffusion.interop.compvis_description import to_description
 
 KL_LOSS = {"target": "ldm.modules.losses.LPIPSWithDiscriminator",
            "params": dict(disc_start=50001, kl_weight=0.000001, disc_weight=0.5)}
@@ -106,7 +108,7 @@ def sizes_of(report):
 
 # Those of which another has every kind of layer take their time only where there is enough of it.
 ALIKE = {"kl-f4", "kl-f16", "kl-f32", "vq-f4", "vq-f8", "vq-f8-n256", "celeba256, ffhq256, lsun_beds256", "cin256",
-         "text2img256", "layout2img-openimages256", "bsr_sr", "rdm768x768"}
+         "cin256-v2", "text2img256", "layout2img-openimages256", "bsr_sr", "rdm768x768"}
 
 
 def slow_if_alike(names):
@@ -128,7 +130,7 @@ def test_first_stage(name):
     assert config.training.loss.disc_start == loss["disc_start"]
     assert (config.training.loss.disc_weight, config.training.loss.disc_layers) == (
         loss["disc_weight"], loss.get("disc_num_layers", 3))
-    assert settings.to_config(settings.to_description(config)) == config
+    assert settings.to_config(to_description(config)) == config
 
 
 @pytest.mark.parametrize("name", slow_if_alike(MODELS))
@@ -156,4 +158,4 @@ def test_diffusion_model(name):
 @pytest.mark.parametrize("name", [*FIRST_STAGES, *MODELS])
 def test_descriptions_come_back(name):
     config = settings.to_config(MODELS[name][0] if name in MODELS else {"model": FIRST_STAGES[name][0]})
-    assert settings.to_config(settings.to_description(config)) == config
+    assert settings.to_config(to_description(config)) == config

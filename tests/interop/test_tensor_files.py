@@ -376,3 +376,46 @@ def test_other_files(tmp_path, data):
 def test_no_file(tmp_path):
     refused(tmp_path, "is no file")
     refused(tmp_path / "nowhere.ckpt", "does not exist")
+
+
+@pytest.mark.parametrize("byteorder", ["little", "big"])
+def test_a_program_cannot_set_the_state_of_a_storage(tmp_path, byteorder):
+    """BUILD on the array of a storage would free the numbers that tensors still look at: in a process of its own."""
+    pid = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuM\xe8\x03tQq\x000"
+    view = b"ctorch._utils\n_rebuild_tensor_v2\n(h\x00K\x00M\xe8\x03\x85K\x01\x85tR"
+    build = b"h\x00(K\x01K\x02\x85ctorch\nfloat32\n\x89C\x08" + bytes(8) + b"tb0"
+    path = write_zip(tmp_path / "x.pt", None, program=b"\x80\x04" + pid + b"}X\x01\x00\x00\x00w" + view + b"s" + build
+                     + b".", byteorder=byteorder,
+                     change=lambda entries: entries | {"archive/data/0": np.ones(1000, np.float32).tobytes()})
+    code = f"""
+from latent_diffusion import tensor_files
+from latent_diffusion.errors import UserError
+import numpy as np
+try:
+    tensors = tensor_files.open_tensors({str(path)!r})[0]
+    junk = [np.full(1000, 7, np.float32) for _ in range(50)]
+    assert tensors["w"].sum() == 0, tensors["w"][:4]
+except UserError:
+    print("refused")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "refused\n"), result.stderr[-300:]
+
+
+def test_numbers_of_numpy_in_the_protocol_that_torch_has(tmp_path):
+    tree = {"state_dict": {"w": tensor(np.ones(2, np.float32))}, "step": np.int64(5), "loss": np.float32(0.5)}
+    assert tensor_files.open_tensors(write_zip(tmp_path / "x.pt", tree))[1] == {"step": 5, "loss": 0.5}
+
+
+def test_names_with_line_breaks_or_control_characters(tmp_path):
+    name = b"sys\ntem\x1b[31m"
+    path = write_zip(tmp_path / "x.pt", None, program=b"\x80\x04\x8c\x02os\x8c" + bytes([len(name)]) + name + b"\x93.")
+    with pytest.raises(UserError) as caught:
+        tensor_files.open_tensors(path)
+    assert str(caught.value).isprintable()
+
+
+def test_a_type_that_cannot_be_saved(tmp_path):
+    with pytest.raises(UserError, match="uint16"):
+        tensor_files.save_tensors(tmp_path / "x.ckpt", {"x": np.zeros(2, np.uint16)})
+    assert not (tmp_path / "x.ckpt").exists()

@@ -17,7 +17,7 @@ from latent_diffusion import checkpoint, conditions, tensor_files
 from latent_diffusion import config as config_lib
 from latent_diffusion.errors import UserError
 from latent_diffusion.interop import __main__ as interop
-from latent_diffusion.interop import settings
+from latent_diffusion.interop import compvis_settings as settings
 from latent_diffusion.pipeline import LatentDiffusion
 from latent_diffusion.training import initial, loop
 
@@ -175,46 +175,55 @@ def run(imported, tmp_path_factory):
     return workdir, printed
 
 
-def first_state(config):
-    return tiny_runs.random_state(config)
+def begin(config, workdir):
+    """(the first state at random, that with the weights that it begins with, the scale factor of these)."""
+    state = tiny_runs.random_state(config)
+    beginning = initial.load(config, workdir, jax.eval_shape(lambda: state))
+    return state, beginning.put_into(state), beginning.scale_factor
 
 
-def test_a_run_begins_with_the_averages_of_the_import(files, imported):
-    config = finetune(imported)
-    state, metadata = initial.load(config, first_state(config))
+def test_a_run_begins_with_the_averages_of_the_import(files, imported, tmp_path):
+    _, state, scale_factor = begin(finetune(imported), tmp_path)
     expected = weights_of(files[1])
     for path in ("unet/time_embed_0/kernel", "conditioner/token_emb/embedding"):
         np.testing.assert_array_equal(leaf(state.params, path), expected[path], path)
     np.testing.assert_array_equal(leaf(state.ema_params, "unet/time_embed_0/kernel"),
                                   expected["unet/time_embed_0/kernel"])
-    assert metadata["scale_factor"] == np.float32(0.7)
-    assert leaf(state.params, "unet/out_2/bias") is not leaf(state.ema_params, "unet/out_2/bias")
+    assert scale_factor == np.float32(0.7)
+    assert not np.shares_memory(leaf(state.params, "unet/out_2/bias"), leaf(state.ema_params, "unet/out_2/bias"))
 
 
-def test_parameters_that_are_to_begin_at_random(files, imported):
+def test_a_run_begins_once(imported, run):
+    assert initial.load(finetune(imported), run[0], None) is None  # it has a checkpoint of its own
+    assert initial.load(finetune(imported, training=dict(initial="")), run[0].parent / "new", None) is None
+
+
+def test_parameters_that_are_to_begin_at_random(files, imported, tmp_path):
     config = finetune(imported, training=dict(initial_skip=("conditioner", "unet/time_embed_0")))
-    before = first_state(config)
-    state, _ = initial.load(config, before)
+    before, state, _ = begin(config, tmp_path)
     for path in ("unet/time_embed_0/kernel", "unet/time_embed_0/bias", "conditioner/token_emb/embedding"):
         np.testing.assert_array_equal(leaf(state.params, path), leaf(before.params, path), path)
     np.testing.assert_array_equal(leaf(state.params, "unet/time_embed_2/bias"),
                                   files[1]["model_ema.diffusion_modeltime_embed2bias"])
 
 
-def test_parameters_that_do_not_fit(imported):
+def test_parameters_that_do_not_fit(imported, tmp_path):
     config = finetune(imported)
     with config.unlocked():
         config.conditioning.text.vocab_size += 1
         config.diffusion.learn_logvar = True
-    state = first_state(config)
     shape, wanted = [VOCABULARY.size, 32], [VOCABULARY.size + 1, 32]
     with pytest.raises(UserError, match=rf"has the shape \{shape} of conditioner/token_emb/embedding, which is "
                                         rf"\{wanted} here; .*initial_skip"):
-        initial.load(config, state)
+        begin(config, tmp_path)
     with config.unlocked():
         config.training.initial_skip = ("conditioner",)
     with pytest.raises(UserError, match=r"lacks logvar, which is \[20\] here; .*initial_skip=\"\('logvar',\)\""):
-        initial.load(config, state)
+        begin(config, tmp_path)
+    narrow = finetune(imported, model=dict(num_res_blocks=2))
+    with pytest.raises(UserError, match="lacks unet/.*, which is"):
+        smoke_runs.run(narrow, tmp_path / "new")
+    assert not list((tmp_path / "new").rglob("*"))  # found out before anything is written
 
 
 def test_a_run_and_its_workdir(files, imported, run):
@@ -231,8 +240,9 @@ def test_a_run_and_its_workdir(files, imported, run):
     assert not (workdir / checkpoint.IMPORTED).exists() and (workdir / "vocab.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "draw", lambda *_: None)  # a second compilation of the sampler would show nothing
+    monkeypatch.setattr(loop, "finish", lambda *_: 0)  # scores and pictures would be compiled again, to show nothing
     again = smoke_runs.cut_back(run[0], tmp_path / "again", 1)
     code, printed = smoke_runs.run(config_lib.from_json((again / "config.json").read_text()), again)
     assert code == 0 and "resuming after step 1" in printed
@@ -268,10 +278,10 @@ def test_a_config_of_no_workdir(argument, message):
 def test_weights_of_the_other_stage(imported, tmp_path):
     config = smoke_runs.autoencoder_config(training=dict(initial=str(imported)))
     with pytest.raises(UserError, match="holds stage 'diffusion', this is 'autoencoder'"):
-        initial.load(config, None)
+        initial.load(config, tmp_path, None)
     config = smoke_runs.autoencoder_config(training=dict(initial=str(tmp_path)))
     with pytest.raises(UserError, match="is not a workdir: it has no config.json"):
-        initial.load(config, None)
+        initial.load(config, tmp_path / "run", None)
 
 
 # --- mistakes, each one line -----------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ diffusers = pytest.importorskip("diffusers")
 from diffusers.loaders import single_file_utils as converter  # noqa: E402
 
 from latent_diffusion import models, tensor_files  # noqa: E402
-from latent_diffusion.interop import compvis, settings  # noqa: E402
+from latent_diffusion.interop import compvis  # noqa: E402
+from latent_diffusion.interop.compvis_description import to_description  # noqa: E402
 
 ATOL = 5e-5
 
@@ -27,7 +28,7 @@ def exported(tmp_path_factory):
     path = tmp_path_factory.mktemp("files") / "model.ckpt"
     tensor_files.save_tensors(path, compvis.export_model(imported.config, imported.params, imported.ema_params))
     state = torch.load(path, weights_only=True)["state_dict"]
-    return imported, state, settings.to_description(imported.config)
+    return imported, state, to_description(imported.config)
 
 
 def _nchw(x):

@@ -11,6 +11,7 @@ import yaml
 from etils import epath
 from ml_collections import ConfigDict
 
+from latent_diffusion import config as config_lib
 from latent_diffusion import defaults, sizes
 from latent_diffusion.errors import UserError, read_text
 
@@ -18,12 +19,12 @@ UNCONDITIONAL, FIRST_STAGE = "__is_unconditional__", "__is_first_stage__"
 _ENCODERS = {"AutoencoderKL": "kl", "VQModel": "vq", "VQModelInterface": "vq", "IdentityFirstStage": "identity"}
 _DIFFUSION = ("LatentDiffusion", "DDPM", "Layout2ImgDiffusion")
 # Keys of ``ddconfig`` and what they are called here; their defaults are those of the reference's Encoder and Decoder.
-_DDCONFIG = {"z_channels": "z_channels", "in_channels": "in_channels", "out_ch": "out_channels", "ch": "ch",
+DDCONFIG = {"z_channels": "z_channels", "in_channels": "in_channels", "out_ch": "out_channels", "ch": "ch",
              "ch_mult": "ch_mult", "num_res_blocks": "num_res_blocks", "attn_resolutions": "attn_resolutions",
              "resolution": "resolution", "attn_type": "attn_type", "dropout": "dropout",
              "resamp_with_conv": "resamp_with_conv", "tanh_out": "tanh_out"}
 _DDCONFIG_DEFAULTS = dict(ch_mult=(1, 2, 4, 8), attn_type="vanilla", dropout=0.0, resamp_with_conv=True, tanh_out=False)
-_UNET = ("image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions",
+UNET = ("image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions",
          "dropout", "channel_mult", "conv_resample", "num_heads", "num_head_channels", "num_heads_upsample",
          "use_scale_shift_norm", "resblock_updown", "use_new_attention_order", "use_spatial_transformer",
          "transformer_depth", "context_dim", "num_classes", "legacy")
@@ -32,7 +33,7 @@ _UNET_DEFAULTS = dict(dropout=0.0, channel_mult=(1, 2, 4, 8), conv_resample=True
                       use_new_attention_order=False, use_spatial_transformer=False, transformer_depth=1, context_dim=0,
                       num_classes=0, legacy=True)
 # Parameters of DDPM that decide the schedule and the loss: name there -> (name here, default there).
-_DIFFUSION_KEYS = {
+DIFFUSION_KEYS = {
     "timesteps": ("timesteps", 1000), "beta_schedule": ("beta_schedule", "linear"),
     "linear_start": ("linear_start", 1e-4), "linear_end": ("linear_end", 2e-2), "cosine_s": ("cosine_s", 8e-3),
     "parameterization": ("parameterization", "eps"), "loss_type": ("loss", "l2"),
@@ -40,7 +41,7 @@ _DIFFUSION_KEYS = {
     "v_posterior": ("v_posterior", 0.0), "learn_logvar": ("learn_logvar", False), "logvar_init": ("logvar_init", 0.0),
 }
 # Conditions that are pictures of few pixels, joined to z_t as they are, and layouts, by ``cond_stage_key``.
-_LAYOUT_KEYS = {"coordinates_bbox": "boxes", "objects_bbox": "boxes", "objects_center_points": "centers"}
+LAYOUT_KEYS = {"coordinates_bbox": "boxes", "objects_bbox": "boxes", "objects_center_points": "centers"}
 
 
 def read(path: epath.PathLike) -> dict[str, Any]:
@@ -72,10 +73,15 @@ def to_config(description: Mapping[str, Any]) -> ConfigDict:
     """
     model = _plain(description.get("model", description))
     target, params = _target(model, "model")
-    if target in _ENCODERS:
-        return _first_stage_config(target, params, model)
-    if target in _DIFFUSION:
-        return _diffusion_config(target, params, model)
+    try:
+        if target in _ENCODERS:
+            return _first_stage_config(params, model)
+        if target in _DIFFUSION:
+            return _diffusion_config(target, params, model)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:  # ConfigDict's own message names the key
+        raise UserError(f"a setting of the description is of the wrong type: {error}") from error
     known = ", ".join((*_ENCODERS, *_DIFFUSION))
     raise UserError(f"model.target={model['target']} is not known here; known are {known}")
 
@@ -122,7 +128,7 @@ def first_stage_model(part: Any, where: str) -> dict[str, Any]:
     for name in ("give_pre_end", "conv_shortcut"):
         if dd.get(name):
             raise UserError(f"{inside}.{name} is not supported")
-    section |= {ours: _needed(dd, theirs, inside) for theirs, ours in _DDCONFIG.items()}
+    section |= {ours: _needed(dd, theirs, inside) for theirs, ours in DDCONFIG.items()}
     section |= {"embed_dim": _needed(params, "embed_dim", where), "double_z": section["kind"] == "kl"}
     if bool(dd.get("double_z", True)) != section["double_z"]:
         raise UserError(f"{inside}.double_z={dd.get('double_z', True)} does not go with {target}")
@@ -133,7 +139,7 @@ def first_stage_model(part: Any, where: str) -> dict[str, Any]:
     return section
 
 
-def _first_stage_config(target: str, params: dict[str, Any], model: dict[str, Any]) -> ConfigDict:
+def _first_stage_config(params: dict[str, Any], model: dict[str, Any]) -> ConfigDict:
     config = defaults.autoencoder()
     section = first_stage_model(model, "model.params")
     if section["kind"] == "identity":
@@ -151,7 +157,7 @@ def _first_stage_config(target: str, params: dict[str, Any], model: dict[str, An
         reference = dict(disc_weight=1.0, kl_weight=1.0) | options
         if options.get("disc_conditional"):
             raise UserError("model.params.lossconfig.disc_conditional is not supported")
-        config.training.loss.update({ours: _as(config.training.loss[ours], reference[theirs])
+        config.training.loss.update({ours: _as(config.training.loss[ours], reference[theirs], f"lossconfig.{theirs}")
                                      for theirs, ours in given.items() if theirs in reference})
         config.training.loss.disc_norm = "actnorm" if options.get("use_actnorm") else "batch"
     return config.lock()
@@ -164,6 +170,9 @@ def _diffusion_config(target: str, params: dict[str, Any], model: dict[str, Any]
     config, where = defaults.diffusion(), "model.params"
     if params.get("given_betas") is not None:
         raise UserError(f"{where}.given_betas is not supported: name the schedule with beta_schedule")
+    if params.get("num_timesteps_cond", 1) != 1:
+        raise UserError(f"{where}.num_timesteps_cond={params['num_timesteps_cond']} is not supported, only 1: no noise "
+                        "on conditions")
     config.first_stage.model.update(
         dict(kind="identity") if target == "DDPM" else first_stage_model(
             _needed(params, "first_stage_config", where), f"{where}.first_stage_config.params"))
@@ -172,15 +181,19 @@ def _diffusion_config(target: str, params: dict[str, Any], model: dict[str, Any]
     if first.kind == "identity":
         first.in_channels = first.out_channels = unet["out_channels"]
     config.model.update(unet)
-    config.diffusion.update({ours: _as(config.diffusion[ours], params.get(theirs, default))
-                             for theirs, (ours, default) in _DIFFUSION_KEYS.items()})
-    config.data.update(dict(channels=first.in_channels, image_size=sizes.factor(first) * int(
-        params.get("image_size", unet["image_size"]))))
+    config.diffusion.update({ours: _as(config.diffusion[ours], params.get(theirs, default), theirs)
+                             for theirs, (ours, default) in DIFFUSION_KEYS.items()})
+    config.data.update(dict(channels=first.in_channels, image_size=sizes.factor(first) * _as(
+        0, params.get("image_size", unet["image_size"]), "image_size")))
     config.model.image_size = config.data.image_size // sizes.factor(first)
     config.first_stage.scale_by_std = bool(params.get("scale_by_std"))
     config.first_stage.scale_factor = 0.0 if params.get("scale_by_std") else float(params.get("scale_factor", 1.0))
     config.ema.decay = 0.9999 if params.get("use_ema", True) else 0.0
     config.optimizer.learning_rate = float(model.get("base_learning_rate", config.optimizer.learning_rate))
+    for key in ("parameterization", "loss", "beta_schedule"):
+        choices = config_lib.STAGE_CHOICES["diffusion"][f"diffusion.{key}"]
+        if config.diffusion[key] not in choices:
+            raise UserError(f"{where}: {key} {config.diffusion[key]!r} is not one of {', '.join(choices)}")
     _set_conditions(config, target, params)
     # The reference drops no condition in training, but its models are guided away from these null conditions.
     guided = config.conditioning.crossattn in ("text", "vectors") or (
@@ -190,9 +203,12 @@ def _diffusion_config(target: str, params: dict[str, Any], model: dict[str, Any]
     return config.lock()
 
 
-def _as(like: Any, value: Any) -> Any:
-    """`value` in the type that the config has for it: yaml's ``1`` may stand for 1.0."""
-    return type(like)(value) if isinstance(like, bool | int | float) else value
+def _as(like: Any, value: Any, key: str) -> Any:
+    """`value` in the type that the config has for it: yaml's ``1`` may stand for 1.0. `key` is its name there."""
+    try:
+        return type(like)(value) if isinstance(like, bool | int | float) else value
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.params.{key}={value!r} is not of type {type(like).__name__}") from error
 
 
 def _unet(part: Any) -> dict[str, Any]:
@@ -203,11 +219,11 @@ def _unet(part: Any) -> dict[str, Any]:
     if params.get("dims", 2) != 2 or params.get("n_embed") is not None:
         name = "dims" if params.get("dims", 2) != 2 else "n_embed"
         raise UserError(f"{where}.params.{name}={params[name]} is not supported")
-    unknown = set(params) - {*_UNET, "dims", "n_embed", "use_checkpoint", "use_fp16"}
+    unknown = set(params) - {*UNET, "dims", "n_embed", "use_checkpoint", "use_fp16"}
     if unknown:
         raise UserError(f"{where}.params.{sorted(unknown)[0]} is not known here")
     given = {**_UNET_DEFAULTS, **{key: value for key, value in params.items() if value is not None}}
-    unet = {name: _needed(given, name, f"{where}.params") for name in _UNET}
+    unet = {name: _needed(given, name, f"{where}.params") for name in UNET}
     if isinstance(unet["context_dim"], tuple):
         unet["context_dim"], = unet["context_dim"]
     return unet | {"remat": "full" if params.get("use_checkpoint") else "none"}
@@ -258,12 +274,12 @@ def _set_sequence(config: ConfigDict, name: str, options: Mapping[str, Any], key
         conditioning.update(dict(crossattn="class", num_classes=classes - null, null_class=null))
     elif name in ("BERTEmbedder", "TransformerEmbedder"):
         tokenized = name == "BERTEmbedder" and options.get("use_tokenizer", True)
-        if tokenized or key not in _LAYOUT_KEYS:
+        if tokenized or key not in LAYOUT_KEYS:
             conditioning.crossattn = "text"
             conditioning.text.update(transformer)
         else:
             conditioning.crossattn = "layout"
-            conditioning.layout.update(transformer | {"form": _LAYOUT_KEYS[key]})
+            conditioning.layout.update(transformer | {"form": LAYOUT_KEYS[key]})
     elif name == "FrozenCLIPEmbedder":
         conditioning.crossattn = "text"
         conditioning.text.update(dict(kind="clip", vocab_size=49408, max_length=int(options.get("max_length", 77)),
@@ -302,100 +318,3 @@ def _set_map(config: ConfigDict, name: str, options: Mapping[str, Any]) -> None:
         raise UserError(f"model.params.unet_config.params.in_channels={config.model.in_channels}, but latents of "
                         f"{config.model.out_channels} channels and a {conditioning.concat} map of {added} make "
                         f"{config.model.out_channels + added}")
-
-
-# --- out -------------------------------------------------------------------------------------------------------------
-
-
-def to_description(config: ConfigDict) -> dict[str, Any]:
-    """The yaml file of a model, as nested dicts: `to_config` makes the same networks, schedule and loss of it.
-
-    Raises UserError for a model that the reference cannot build.
-    """
-    if config.stage == "autoencoder":
-        model = _describe_first_stage(config.model, "VQModel")
-        model["params"]["lossconfig"] = _describe_loss(config)
-        if config.ema.decay:
-            model["params"]["use_ema"] = True
-        return {"model": {"base_learning_rate": config.optimizer.learning_rate, **model}}
-    first, unet = config.first_stage.model, config.model
-    if unet.norm_groups != 32:
-        raise UserError(f"model.norm_groups={unet.norm_groups}, but latent-diffusion always has 32 groups")
-    if config.diffusion.parameterization == "v":
-        raise UserError("diffusion.parameterization='v' is unknown to latent-diffusion, which has eps and x0")
-    fields = {name: _yaml(unet[name]) for name in _UNET}
-    fields |= {name: fields[name] or None for name in ("num_classes", "context_dim")}
-    params = {theirs: _yaml(config.diffusion[ours]) for theirs, (ours, _) in _DIFFUSION_KEYS.items()} | {
-        "image_size": unet.image_size, "channels": unet.out_channels, "first_stage_key": "image",
-        "use_ema": config.ema.decay > 0, "scale_by_std": bool(config.first_stage.scale_by_std),
-        "scale_factor": 1.0 if config.first_stage.scale_by_std else config.first_stage.scale_factor,
-        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": fields | {
-            "use_checkpoint": unet.remat != "none"}},
-        "first_stage_config": _describe_first_stage(first, "VQModelInterface"), **_describe_conditions(config)}
-    return {"model": {"base_learning_rate": config.optimizer.learning_rate,
-                      "target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
-
-
-def _yaml(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _describe_first_stage(section: Any, vq: str) -> dict[str, Any]:
-    if section.kind == "identity":
-        return {"target": "ldm.models.autoencoder.IdentityFirstStage"}
-    if section.norm_groups != 32:
-        raise UserError(f"the first stage has norm_groups={section.norm_groups}, but latent-diffusion always has 32")
-    ddconfig = {theirs: _yaml(section[ours]) for theirs, ours in _DDCONFIG.items()} | {"double_z": section.kind == "kl"}
-    params = {"embed_dim": section.embed_dim, "ddconfig": ddconfig, "lossconfig": {"target": "torch.nn.Identity"}}
-    if section.kind == "vq":
-        params["n_embed"] = section.n_embed
-    return {"target": f"ldm.models.autoencoder.{vq if section.kind == 'vq' else 'AutoencoderKL'}", "params": params}
-
-
-def _describe_loss(config: ConfigDict) -> dict[str, Any]:
-    loss, kl = config.training.loss, config.model.kind == "kl"
-    params = {"disc_start": loss.disc_start, "disc_weight": loss.disc_weight, "disc_factor": loss.disc_factor,
-              "disc_num_layers": loss.disc_layers, "disc_loss": loss.disc_loss,
-              "disc_in_channels": config.data.channels, "perceptual_weight": loss.perceptual_weight,
-              "use_actnorm": loss.disc_norm == "actnorm"}
-    params |= {"kl_weight": loss.kl_weight, "logvar_init": loss.logvar_init} if kl else {
-        "codebook_weight": loss.codebook_weight, "disc_ndf": loss.disc_channels, "pixel_loss": loss.pixel}
-    return {"target": "ldm.modules.losses.LPIPSWithDiscriminator" if kl
-            else "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", "params": params}
-
-
-def _describe_conditions(config: ConfigDict) -> dict[str, Any]:
-    options, encoders = config.conditioning, "ldm.modules.encoders.modules."
-    sequence, spatial, identity = options.crossattn, options.concat, {"target": "torch.nn.Identity"}
-    transformer = options.layout if sequence == "layout" else options.text
-    if sequence in ("text", "layout") and (transformer.heads, transformer.head_dim) != (8, 64) and not (
-            sequence == "text" and options.text.kind == "clip"):
-        raise UserError(f"conditioning.{sequence} has {transformer.heads} heads of {transformer.head_dim} channels, "
-                        "but latent-diffusion's transformer has 8 of 64")
-    bert = {"n_embed": options.width, "n_layer": transformer.layers, "vocab_size": transformer.vocab_size,
-            "max_seq_len": transformer.max_length}
-    layout_key = next((key for key, form in _LAYOUT_KEYS.items() if form == options.layout.form), "")
-    stages = {
-        "class": ("class_label", {"target": encoders + "ClassEmbedder", "params": {
-            "n_classes": sizes.label_rows(config), "embed_dim": options.width, "key": "class_label"}}),
-        "text": ("caption", {"target": encoders + "BERTEmbedder", "params": bert}),
-        "layout": (layout_key, {"target": encoders + "BERTEmbedder", "params": bert | {"use_tokenizer": False}}),
-        "vectors": ("vectors", identity),
-        "segmentation": ("segmentation", {"target": encoders + "SpatialRescaler", "params": {
-            "n_stages": sizes.factor(config.first_stage.model).bit_length() - 1,
-            "in_channels": options.segmentation.num_classes, "out_channels": options.segmentation.channels}}),
-        "low_res": ("LR_image", identity), "inpainting": ("masked_image", FIRST_STAGE),
-    }
-    if sequence == "text" and options.text.kind == "clip":
-        stages["text"] = ("caption", {"target": encoders + "FrozenCLIPEmbedder", "params": {
-            "max_length": options.text.max_length}})
-    if options.label and (sequence, spatial) != ("none", "none"):
-        raise UserError("conditioning.label beside another condition is unknown to latent-diffusion")
-    if options.label:
-        return {"conditioning_key": "adm", "cond_stage_key": "class_label", "cond_stage_config": identity}
-    if (sequence, spatial) == ("none", "none"):
-        return {"cond_stage_config": UNCONDITIONAL}
-    key = "concat" if sequence == "none" else "crossattn" if spatial == "none" else "hybrid"
-    name, stage = stages[spatial if sequence == "none" else sequence]
-    return {"conditioning_key": key, "cond_stage_key": name, "cond_stage_config": stage,
-            "cond_stage_trainable": stage not in (identity, FIRST_STAGE)}

@@ -58,5 +58,5 @@ def to_torch(path: Path, value: np.ndarray) -> np.ndarray:
 def from_torch(path: Path, value: np.ndarray) -> np.ndarray:
     """The inverse of `to_torch`."""
     if path[-1] == "kernel":
-        return value.transpose({2: (1, 0), 3: (2, 1, 0), 4: (2, 3, 1, 0)}[value.ndim])
+        return value.transpose({2: (1, 0), 3: (2, 1, 0), 4: (2, 3, 1, 0)}.get(value.ndim))  # others have no place
     return value
