@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import struct
+import subprocess
 import sys
 import zipfile
 from collections import OrderedDict
