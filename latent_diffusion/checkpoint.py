@@ -142,9 +142,21 @@ def load(
     return trees, metadata, step
 
 
+def absolute(path: epath.PathLike) -> str:
+    """A path as it is recorded: a bucket's as it is, others independent of the folder a program was started in."""
+    return str(_absolute(path))
+
+
 def choose_step(workdir: epath.PathLike, step: int | None) -> int:
     """The step that `load` would read. Raises UserError if there is no such complete checkpoint."""
     return _choose_step(_absolute(workdir) / CHECKPOINTS, step)
+
+
+def item_names(workdir: epath.PathLike, step: int | None = None) -> tuple[str, ...]:
+    """What `load` can read. Raises UserError as it does."""
+    directory = _absolute(workdir) / CHECKPOINTS
+    path = directory / str(_choose_step(directory, step))
+    return tuple(_read_items(path, {METADATA: ocp.args.JsonRestore()})[METADATA]["items"])
 
 
 def latest_step(workdir: epath.PathLike) -> int | None:

@@ -147,7 +147,7 @@ CHOICES = {
     "optimizer.name": ("adam", "adamw", "muon", "sgd"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "sampling.sampler": ("ddpm", "ddim", "plms"),
-    "sampling.spacing": ("clean", "reference"),
+    "sampling.spacing": ("clean", "reference", "leading", "leading_1"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
 }

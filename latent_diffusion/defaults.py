@@ -114,7 +114,7 @@ def _common() -> dict:
         sampling=dict(
             sampler="ddim", steps=50, eta=0.0, guidance_scale=1.0, prompts=(), labels=(),
             clip_x0=False,        # clip what is predicted for the data to [-1, 1] at each step; for pixels only
-            spacing="clean",      # clean | reference: the timesteps of CompVis latent-diffusion, for imported models
+            spacing="clean",      # clean | reference, leading, leading_1: the timesteps of others, for imported models
         ),
     )
 

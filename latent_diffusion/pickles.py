@@ -1,6 +1,7 @@
 """Reads pickles without executing anything in them: only what is named in a table can be built."""
 
 import pickle
+import pickletools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,6 +70,14 @@ def printable(text: str) -> str:
     return text.encode("unicode_escape").decode()
 
 
+# What objects of training programs are made of: left out like these.
+_SKIPPED_NAMES = frozenset(
+    {("typing", "Any"), ("collections", "defaultdict"), ("argparse", "Namespace"), ("pathlib", "PosixPath")}
+    | {(module, name) for module in ("builtins", "__builtin__")
+       for name in ("dict", "list", "tuple", "set", "int", "long", "float", "str", "bool")})
+_MOST_NESTED = 16  # tuples in tuples; tensors need 3
+
+
 class Unpickler(pickle.Unpickler):
     """Builds plain containers and what is in `names`; any other name is refused before it is looked up.
 
@@ -84,10 +93,17 @@ class Unpickler(pickle.Unpickler):
         persistent: Callable[[Any], Any] | None = None, skipped: tuple[str, ...] = (),
     ):
         super().__init__(file, encoding="utf-8")
+        self.file = file
         self.names, self.what, self.persistent, self.skipped = dict(names), what, persistent, skipped
 
+    def load(self) -> Any:
+        begin = self.file.tell()
+        check_program(self.file)
+        self.file.seek(begin)
+        return super().load()
+
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] in self.skipped:
+        if self.skipped and (module.split(".")[0] in self.skipped or (module, name) in _SKIPPED_NAMES):
             self.names.setdefault((module, name), type("Skipped", (_Skipped,), {}))
         if (module, name) not in self.names:
             asked = printable(f"{module}.{name}")
@@ -99,6 +115,49 @@ class Unpickler(pickle.Unpickler):
             raise UserError(f"the file refers to objects outside it, but only {self.what} are accepted; it was not "
                             "read")
         return self.persistent(pid)
+
+
+def check_program(file: Any) -> None:
+    """Refuses a pickle that would take all memory or overflow the interpreter's stack: tuples nested too deeply, which
+    a dict would hash, and places of the memo beyond what the pickle itself can have filled.
+
+    Raises UserError, or ValueError for something that is no pickle.
+    """
+    depths, marks, memo = [], [], {}  # how deeply tuples are nested in each thing on the stack
+
+    def pop(count: int) -> int:
+        taken = depths[len(depths) - count :]
+        del depths[len(depths) - count :]
+        return max(taken, default=0)
+
+    for number, (op, argument, _) in enumerate(pickletools.genops(file)):
+        if op.name == "MARK":
+            marks.append(len(depths))
+            continue
+        if op.name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+            place = len(memo) if op.name == "MEMOIZE" else argument
+            if place > number:
+                raise UserError("the pickle in the file asks for too much memory; it was not read")
+            memo[place] = depths[-1] if depths else 0
+            continue
+        taken = list(op.stack_before)
+        if pickletools.markobject in taken:
+            start = marks.pop() if marks else 0
+            below = pop(len(depths) - start)
+            below = max(below, pop(taken.index(pickletools.markobject)))
+        else:
+            below = pop(len(taken))
+        if op.name in ("BINGET", "LONG_BINGET", "GET"):
+            below = memo.get(argument, 0)
+        elif op.name == "DUP":
+            depths.append(below)
+        elif op.name.startswith("TUPLE") or op.name == "FROZENSET":
+            below += 1
+        elif op.name in ("NEWOBJ", "NEWOBJ_EX", "OBJ", "INST", "BINPERSID"):  # hashed by what they are, not by contents
+            below = 0
+        if below > _MOST_NESTED:
+            raise UserError("the pickle in the file nests tuples too deeply; it was not read")
+        depths.extend([below] * len(op.stack_after[: 1 if op.name == "DUP" else None]))
 
 
 class _Skipped(dict):

@@ -89,8 +89,8 @@ def _tensors_of(tree: Any) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
     if not isinstance(tree, dict):
         raise UserError(f"the file holds a {type(tree).__name__} instead of a dict of tensors")
     state = tree.get("state_dict", tree)
-    tensors = {name: value.array for name, value in state.items() if isinstance(value, _Numbers)} if isinstance(
-        state, dict) else {}
+    tensors = {name: value.array for name, value in (state.items() if isinstance(state, dict) else ())
+               if isinstance(name, str) and isinstance(value, _Numbers)}
     if not tensors:
         raise UserError("the file holds no tensors, neither in its state_dict nor beside it")
     return tensors, {name: value for name, value in tree.items() if isinstance(value, bool | int | float | str)}

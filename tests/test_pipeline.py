@@ -230,7 +230,7 @@ def test_impossible_conditions(kind, prompts, labels, options, message):
 
 
 @pytest.mark.parametrize("kind, options, settings, message", [
-    ("none", {}, {"sampler": "plms"}, "sampler: unknown value 'plms'; choose from ddpm, ddim"),
+    ("none", {}, {"sampler": "euler"}, "sampler: unknown value 'euler'; choose from ddpm, ddim"),
     ("none", {}, {"steps": 0}, "steps=0 must lie between 1 and 20"),
     ("none", {}, {"steps": 21}, "steps=21 must lie between 1 and 20"),
     ("none", {}, {"eta": -1.0}, "eta=-1.0"),

@@ -21,7 +21,7 @@ DenoiseFn = Callable[[Float[Array, "b ..."], Int[Array, "b"]], Float[Array, "b .
 Scalar = Num[ArrayLike, ""]
 Row = dict[str, Any]  # one step's numbers, scalars
 
-SPACINGS = ("clean", "reference")
+SPACINGS = ("clean", "reference", "leading", "leading_1")
 
 
 def ddpm_step(row: Row, z_t: Array, x0: Array, eps: Array, noise: Array, *, eta: Scalar, temperature: Scalar) -> Array:
@@ -51,6 +51,9 @@ def timesteps(method: str, schedule: NoiseSchedule, steps: int, spacing: str = "
     whose length differs from `steps` unless that divides T, and which for some counts leaves the schedule; for ddpm all
     T.
 
+    "leading" and "leading_1" are those of diffusers with that name and steps_offset 0 or 1: k T // steps, for k below
+    `steps`.
+
     Raises:
         UserError: for an unknown method or spacing, for `steps` outside 1 .. T, and for counts that the reference's
             spacing cannot do (with the nearest that it does exactly).
@@ -61,6 +64,8 @@ def timesteps(method: str, schedule: NoiseSchedule, steps: int, spacing: str = "
     total = schedule.timesteps
     if not 1 <= steps <= total:
         raise UserError(f"sampling.steps: {steps} is not between 1 and the {total} steps of the model's schedule")
+    if spacing.startswith("leading"):
+        return np.arange(steps, dtype=np.int32) * (total // steps) + (spacing == "leading_1")
     if spacing == "clean":
         return np.round(np.arange(1, steps + 1) * total / steps).astype(np.int32) - 1
     if method == "ddpm":

@@ -111,13 +111,16 @@ def export_compvis(trained: workdirs.Trained, output: epath.Path) -> list[compvi
     for file in (output, described):
         if file.exists():
             raise UserError(f"--output {file} exists already; give another")
-    description = compvis_description.to_description(trained.config)
+    loss = "discriminator" in trained.params
+    description = compvis_description.to_description(trained.config, averaged=bool(trained.ema_params), with_loss=loss)
     state = compvis.export_model(trained.config, trained.params, trained.ema_params, step=trained.step)
     output.parent.mkdir(parents=True, exist_ok=True)
     tensor_files.save_tensors(output, state, trained.step)
     described.write_text(yaml.safe_dump(description, sort_keys=False))
     averaged = {f"{name}, averaged": tree for name, tree in trained.ema_params.items()}
-    return [*workdirs.components({**trained.params, **averaged}, str(output)),
+    written = {name: tree for name, tree in trained.params.items()
+               if name != "logvar" or "logvar" in state or "loss.logvar" in state}
+    return [*workdirs.components({**written, **averaged}, str(output)),
             compvis.Component("description", 0, str(described))]
 
 

@@ -159,6 +159,8 @@ def _read_diffusion(config: ConfigDict, reader: _Reader) -> Imported:
             ema_params["unet"] = reader.take_part(part, _ema_key)
             rows.append(Component("unet, averaged", part.size, f"{_EMA}*"))
     config.unlock()
+    if ema_params:
+        config.ema.decay = round(float(reader.state_dict.get(f"{_EMA}decay", config.ema.decay or 0.9999)), 7)
     if not ema_params and config.ema.decay:
         rows.append(Component("unet, averaged", 0, "not in the file", "the weights as trained are used"))
     if config.diffusion.learn_logvar:
@@ -211,13 +213,17 @@ def _check_schedule(config: ConfigDict, reader: _Reader) -> None:
     ours = schedule_lib.from_config(config.diffusion).betas
     if betas is not None and np.ndim(betas) != 1:
         raise UserError(f"betas in the weights has the shape {list(np.shape(betas))}, not one number for each timestep")
-    if betas is not None and (betas.shape != ours.shape or not np.allclose(betas, ours, rtol=1e-4, atol=1e-8)):
+    if betas is None:
+        return
+    rounding = 1e-4 if betas.itemsize > 2 else 1e-2  # of files in half precision
+    betas = betas.astype(np.float64)
+    if betas.shape != ours.shape or not np.allclose(betas, ours, rtol=rounding, atol=1e-7):
         raise UserError(f"the weights have the noise schedule {_span(betas)}, the description {_span(ours)}; it is not "
                         "theirs (timesteps, beta_schedule, linear_start, linear_end)")
 
 
 def _span(betas: np.ndarray) -> str:
-    return f"of {len(betas)} steps from {betas[0]:.3g} to {betas[-1]:.3g}"
+    return f"of {len(betas)} steps from {betas[0]:.5g} to {betas[-1]:.5g}"
 
 
 def _compare_copies(reader: _Reader) -> None:
@@ -321,7 +327,7 @@ def _export_diffusion(
         if part.network == "clip":
             state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = np.arange(
                 options.text.max_length, dtype=np.int64)[None]
-    if options.concat == "inpainting":
+    if options.concat == "inpainting" and options.crossattn == "none":
         state |= {key.replace("first_stage_model.", "cond_stage_model.", 1): value for key, value in state.items()
                   if key.startswith("first_stage_model.")}
     return state
@@ -331,9 +337,8 @@ def _export_autoencoder(
     config: ConfigDict, params: Mapping[str, Any], ema_params: Mapping[str, Any], step: int
 ) -> dict[str, np.ndarray]:
     state: dict[str, np.ndarray] = {}
-    lpips = params.get("lpips") or weights.load_lpips("vgg")
     for part in parts_lib.of_autoencoder(config, loss="discriminator" in params):
-        tree = lpips if part.network == "lpips" else params[part.where[0]]
+        tree = params.get(part.where[0]) or (weights.load_lpips("vgg") if part.network == "lpips" else {})
         _put_part(state, part, tree)
         if not part.prefix and "autoencoder" in ema_params:
             _put_part(state, part, ema_params["autoencoder"], lambda key: _EMA + key.replace(".", ""))

@@ -16,15 +16,21 @@ from latent_diffusion.interop.compvis_settings import (
 )
 
 
-def to_description(config: ConfigDict) -> dict[str, Any]:
+def to_description(config: ConfigDict, *, averaged: bool | None = None, with_loss: bool = True) -> dict[str, Any]:
     """The yaml file of a model, as nested dicts: `to_config` makes the same networks, schedule and loss of it.
+
+    Args:
+      config: of either stage.
+      averaged: whether there are averages of its weights; by default whether training keeps some.
+      with_loss: describe the losses of a first stage, whose weights are part of the reference's.
 
     Raises UserError for a model that the reference cannot build.
     """
     if config.stage == "autoencoder":
         model = _describe_first_stage(config.model, "VQModel", "model")
-        model["params"]["lossconfig"] = _describe_loss(config)
-        if config.ema.decay:
+        if with_loss:
+            model["params"]["lossconfig"] = _describe_loss(config)
+        if config.ema.decay > 0 if averaged is None else averaged:
             model["params"]["use_ema"] = True
         return {"model": {"base_learning_rate": config.optimizer.learning_rate, **model}}
     first, unet = config.first_stage.model, config.model
@@ -35,7 +41,8 @@ def to_description(config: ConfigDict) -> dict[str, Any]:
     fields |= {name: fields[name] or None for name in ("num_classes", "context_dim")}
     params = {theirs: _yaml(config.diffusion[ours]) for theirs, (ours, _) in DIFFUSION_KEYS.items()} | {
         "image_size": unet.image_size, "channels": unet.out_channels, "first_stage_key": "image",
-        "use_ema": config.ema.decay > 0, "scale_by_std": bool(config.first_stage.scale_by_std),
+        "use_ema": config.ema.decay > 0 if averaged is None else averaged,
+        "scale_by_std": bool(config.first_stage.scale_by_std),
         "scale_factor": 1.0 if config.first_stage.scale_by_std else config.first_stage.scale_factor,
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": fields | {
             "use_checkpoint": unet.remat != "none"}},

@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from latent_diffusion import config as config_lib
-from latent_diffusion import defaults, sizes
+from latent_diffusion import defaults, layouts, sizes
 from latent_diffusion.errors import UserError, read_text
 
 UNCONDITIONAL, FIRST_STAGE = "__is_unconditional__", "__is_first_stage__"
@@ -40,7 +40,7 @@ DIFFUSION_KEYS = {
     "l_simple_weight": ("l_simple_weight", 1.0), "original_elbo_weight": ("original_elbo_weight", 0.0),
     "v_posterior": ("v_posterior", 0.0), "learn_logvar": ("learn_logvar", False), "logvar_init": ("logvar_init", 0.0),
 }
-# Conditions that are pictures of few pixels, joined to z_t as they are, and layouts, by ``cond_stage_key``.
+# Forms of layouts by ``cond_stage_key``.
 LAYOUT_KEYS = {"coordinates_bbox": "boxes", "objects_bbox": "boxes", "objects_center_points": "centers"}
 
 
@@ -279,7 +279,10 @@ def _set_sequence(config: ConfigDict, name: str, options: Mapping[str, Any], key
             conditioning.text.update(transformer)
         else:
             conditioning.crossattn = "layout"
-            conditioning.layout.update(transformer | {"form": LAYOUT_KEYS[key]})
+            form, length = LAYOUT_KEYS[key], transformer["max_length"]
+            crop = length % layouts.FORMS[form] == 2 % layouts.FORMS[form]  # it has two tokens
+            conditioning.layout.update(transformer | dict(
+                form=form, crop=crop, max_objects=(length - 2 * crop) // layouts.FORMS[form]))
     elif name == "FrozenCLIPEmbedder":
         conditioning.crossattn = "text"
         conditioning.text.update(dict(kind="clip", vocab_size=49408, max_length=int(options.get("max_length", 77)),

@@ -1,6 +1,7 @@
 """Folders of diffusers' pipelines, in and out: LDMPipeline, LDMTextToImagePipeline, LDMSuperResolutionPipeline, and
 StableDiffusionPipeline in the shape of version 1. Neither diffusers nor torch is needed."""
 
+import collections
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +19,10 @@ from latent_diffusion.interop import parts as parts_lib
 from latent_diffusion.interop.compvis import Component, Imported
 
 INDEX = "model_index.json"
-_WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "diffusion_pytorch_model.bin",
-            "pytorch_model.bin")
+# Files of weights by preference: whole precision, then half; without and then with several parts.
+_WEIGHTS = tuple(f"{stem}{variant}.{ending}" for variant in ("", ".fp16") for ending in ("safetensors", "bin")
+                 for stem in ("diffusion_pytorch_model", "model", "pytorch_model"))
+_INDICES = tuple(f"{name}.index{variant}.json" for variant in ("", ".fp16") for name in _WEIGHTS if ".fp16" not in name)
 
 
 # --- in --------------------------------------------------------------------------------------------------------------
@@ -55,13 +58,18 @@ def read_config(folder: epath.PathLike) -> ConfigDict:
     """The config alone. Raises UserError as `import_model`."""
     folder = epath.Path(folder).expanduser()
     name, vae = _pipeline(folder)
-    return _config(folder, folder / vae, name)
+    try:
+        return _config(folder, folder / vae, name)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder}: a config.json lacks a key or has one of the wrong type: {error}") from error
 
 
 def _pipeline(folder: epath.Path) -> tuple[str, str]:
     """The pipeline's class, and the folder of its first stage."""
     index = _json(folder / INDEX)
-    name = index.get("_class_name")
+    name = index.get("_class_name") if isinstance(index, dict) else None
     if name not in settings.PIPELINES:
         raise UserError(f"{folder / INDEX}: {name} is not known here; known are {', '.join(settings.PIPELINES)}")
     return name, "vae" if "vae" in index else "vqvae"
@@ -133,10 +141,7 @@ def _set_text(config: ConfigDict, given: Mapping[str, Any]) -> None:
 
 def _read_part(part: parts_lib.Part, folder: epath.Path, config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
     """The parameters of a network, and the names in its file that nothing asked for."""
-    file = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
-    if file is None:
-        raise UserError(f"{folder} holds no weights, none of {', '.join(_WEIGHTS)}")
-    tensors, _ = tensor_files.open_tensors(file)
+    file, tensors = _open(folder)
     used, flat = set(), {}
     for path, leaf in part.shapes.items():
         keys = [next((name for name in names.spellings(key) if name in tensors), key)
@@ -152,6 +157,17 @@ def _read_part(part: parts_lib.Part, folder: epath.Path, config: ConfigDict) -> 
         flat[path] = value.astype(np.float32, copy=False)
         used |= set(keys)
     return traverse_util.unflatten_dict(flat), names.unused(tensors, used)
+
+
+def _open(folder: epath.Path) -> tuple[epath.Path, Mapping[str, np.ndarray]]:
+    """The tensors of a network's folder, from one file or from several parts, and the file that names them."""
+    if file := next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None):
+        return file, tensor_files.open_tensors(file)[0]
+    if file := next((folder / name for name in _INDICES if (folder / name).is_file()), None):
+        parts = sorted(set(_json(file)["weight_map"].values()))
+        return file, collections.ChainMap(*(dict(tensor_files.open_tensors(folder / part)[0]) for part in parts))
+    there = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "it does not exist"
+    raise UserError(f"{folder} holds no weights such as {_WEIGHTS[0]} ({there})")
 
 
 def _section(part: parts_lib.Part, config: ConfigDict) -> Any:

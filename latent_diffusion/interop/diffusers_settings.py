@@ -1,5 +1,6 @@
 """Configs of diffusers' models and schedulers <-> ours."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,9 @@ _FIXED = {
     "time_embedding_type": "positional", "mid_block_scale_factor": 1, "downsample_padding": 1, "norm_type": "group",
     "class_embed_type": None, "addition_embed_type": None, "only_cross_attention": False, "conv_in_kernel": 3,
     "conv_out_kernel": 3, "encoder_hid_dim": None, "lookup_from_codebook": False, "use_quant_conv": True,
-    "use_post_quant_conv": True, "time_cond_proj_dim": None, "resnet_skip_time_act": False, "add_attention": True,
+    "use_post_quant_conv": True, "resnet_out_scale_factor": 1.0, "cross_attention_norm": None,
+    "attention_type": "default", "dual_cross_attention": False, "time_cond_proj_dim": None,
+    "resnet_skip_time_act": False, "add_attention": True,
 }
 
 
@@ -31,6 +34,14 @@ def _multiples(channels: list[int], where: str) -> tuple[int, ...]:
     if any(c % channels[0] for c in channels):
         raise UserError(f"{where}/config.json: block_out_channels={channels} are not multiples of the first")
     return tuple(c // channels[0] for c in channels)
+
+
+def _side(value: Any, where: str) -> int:
+    if isinstance(value, int):
+        return value
+    if isinstance(value, list) and len(set(value)) == 1:
+        return value[0]
+    raise UserError(f"{where}/config.json: sample_size={value} is not the side of a square, which is needed here")
 
 
 def _one(value: Any, key: str, where: str) -> Any:
@@ -54,7 +65,8 @@ def unet_section(given: Mapping[str, Any], where: str = "unet") -> dict[str, Any
         if kind not in (attention, plain, "ResnetDownsampleBlock2D"):
             raise UserError(f"{where}/config.json: {kind} is not supported")
     section = dict(
-        image_size=given["sample_size"], in_channels=given["in_channels"], out_channels=given["out_channels"],
+        image_size=_side(given.get("sample_size"), where), in_channels=given["in_channels"],
+        out_channels=given["out_channels"],
         model_channels=channels[0], channel_mult=_multiples(channels, where),
         num_res_blocks=_one(given.get("layers_per_block", 2), "layers_per_block", where),
         attention_resolutions=tuple(2**level for level, kind in enumerate(kinds) if kind == attention),
@@ -108,13 +120,28 @@ def diffusion_section(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     prediction = given.get("prediction_type", "epsilon")
     if prediction not in _PREDICTIONS:
         raise UserError(f"scheduler: prediction_type={prediction!r} is not supported")
-    # PNDM and old files have no set_alpha_to_one; theirs is that of the reference
-    reference = given.get("steps_offset", 0) == 1 and not given.get("set_alpha_to_one", True)
+    if given.get("rescale_betas_zero_snr"):
+        raise UserError("scheduler: rescale_betas_zero_snr=True is not supported")
+    kind = given.get("_class_name", "DDIMScheduler")
     return dict(timesteps=given.get("num_train_timesteps", 1000), beta_schedule=_BETA_SCHEDULES[schedule],
                 linear_start=given.get("beta_start", 1e-4), linear_end=given.get("beta_end", 0.02),
                 parameterization=_PREDICTIONS[prediction]), dict(
-        spacing="reference" if reference else "clean", clip_x0=bool(given.get("clip_sample", False)),
-        sampler="plms" if given.get("_class_name") == "PNDMScheduler" else "ddim", steps=50)
+        spacing=_spacing(given, kind), clip_x0=bool(given.get("clip_sample", kind[:2] == "DD")),  # DDIM and DDPM do
+        sampler={"PNDMScheduler": "plms", "DDPMScheduler": "ddpm"}.get(kind, "ddim"), steps=50)
+
+
+def _spacing(given: Mapping[str, Any], kind: str) -> str:
+    """Our name of the timesteps that a scheduler visits: their own defaults where it does not say."""
+    to_one = given.get("set_alpha_to_one", kind != "PNDMScheduler")
+    spacing, offset = given.get("timestep_spacing", "leading"), given.get("steps_offset", 0)
+    known = {("trailing", True): "clean", ("leading", True, 0): "leading", ("leading", True, 1): "leading_1",
+             ("leading", False, 1): "reference"}
+    name = known.get((spacing, to_one) if spacing == "trailing" else (spacing, to_one, offset))
+    if name is not None and kind in ("DDIMScheduler", "PNDMScheduler", "DDPMScheduler"):
+        return name
+    logging.warning("the scheduler (%s, timestep_spacing=%s, steps_offset=%s, set_alpha_to_one=%s) has no equal here; "
+                    "samples are drawn at other timesteps (sampling.spacing=clean)", kind, spacing, offset, to_one)
+    return "clean"
 
 
 # --- out -------------------------------------------------------------------------------------------------------------
@@ -137,6 +164,8 @@ def unet_config(config: ConfigDict) -> dict[str, Any]:
     if any(c % model.norm_groups for c in channels):
         raise UserError(f"model.norm_groups={model.norm_groups} does not divide all of {channels}, as diffusers needs")
     heads = [unet.head_layout(c) for c in channels]
+    if any(unet.head_layout(c, upsampling=True) != there for c, there in zip(channels, heads, strict=True)):
+        raise UserError("model.num_heads_upsample is unknown to diffusers")
     if model.use_spatial_transformer:
         if model.resblock_updown:
             raise UserError("model.resblock_updown with cross-attention is unknown to diffusers")
@@ -149,7 +178,7 @@ def unet_config(config: ConfigDict) -> dict[str, Any]:
             transformer_layers_per_block=model.transformer_depth,
             down_block_types=["CrossAttnDownBlock2D" if there else "DownBlock2D" for there in attends],
             up_block_types=["CrossAttnUpBlock2D" if there else "UpBlock2D" for there in reversed(attends)], **common)
-    used = [heads[level] for level in levels if attends[level]] + [heads[-1], unet.head_layout(channels[-1])]
+    used = [heads[level] for level in levels if attends[level]] + [heads[-1]]  # the middle
     widths = {width for _, width in used}
     single = {number for number, _ in used} == {1}
     if len(widths) > 1 and not single:
@@ -199,12 +228,14 @@ def scheduler_config(config: ConfigDict) -> dict[str, Any]:
     theirs = {ours: name for name, ours in _BETA_SCHEDULES.items()}
     if diffusion.beta_schedule not in theirs:
         raise UserError(f"diffusion.beta_schedule={diffusion.beta_schedule!r} is unknown to diffusers")
-    reference = sampling.spacing == "reference"
+    spacing, offset, to_one = {"clean": ("trailing", 0, True), "reference": ("leading", 1, False),
+                               "leading": ("leading", 0, True), "leading_1": ("leading", 1, True)}[sampling.spacing]
+    if diffusion.beta_schedule == "cosine" and diffusion.cosine_s != 8e-3:
+        raise UserError(f"diffusion.cosine_s={diffusion.cosine_s} is unknown to diffusers, which has 0.008")
     return dict(
         _class_name="DDIMScheduler", num_train_timesteps=diffusion.timesteps, beta_start=diffusion.linear_start,
         beta_end=diffusion.linear_end, beta_schedule=theirs[diffusion.beta_schedule],
-        clip_sample=bool(sampling.clip_x0), set_alpha_to_one=not reference, steps_offset=1 if reference else 0,
-        timestep_spacing="leading" if reference else "trailing",
+        clip_sample=bool(sampling.clip_x0), set_alpha_to_one=to_one, steps_offset=offset, timestep_spacing=spacing,
         prediction_type={ours: name for name, ours in _PREDICTIONS.items()}[diffusion.parameterization])
 
 

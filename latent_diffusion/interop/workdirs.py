@@ -112,6 +112,8 @@ def read(workdir: epath.PathLike, step: int | None = None) -> Trained:
     config = config_lib.from_json((workdir / "config.json").read_text())
     trees, metadata, step = checkpoint.load(workdir, ("params", "ema"), step)
     params = dict(trees["params"])
+    if config.stage == "autoencoder":
+        params |= _discriminator(workdir, step)
     if config.stage == "diffusion":
         with config.unlocked():
             measured = not config.first_stage.scale_factor
@@ -124,6 +126,18 @@ def read(workdir: epath.PathLike, step: int | None = None) -> Trained:
             name: params[name] for name in ("first_stage", "logvar") if name in params}
     text = config.conditioning.text.kind if config.conditioning.get("crossattn") == "text" else None
     return Trained(config, params, trees["ema"], step, text and conditions.saved_tokenizer(workdir, text))
+
+
+def _discriminator(workdir: epath.Path, step: int) -> dict[str, Any]:
+    """The discriminator and its statistics, of an imported first stage or of one that was trained here; {} without."""
+    if "discriminator" in checkpoint.item_names(workdir, step):
+        found = checkpoint.load(workdir, ("discriminator",), step)[0]["discriminator"]
+        params, stats = found["params"], found.get("stats", {})
+    else:
+        rest = checkpoint.load(workdir, ("optimizer",), step)[0]["optimizer"]
+        params, stats = rest.get("disc_params", {}).get("discriminator", {}), rest.get("disc_stats", {})
+    stats = {name: values for name, values in stats.items() if "mean" in values}  # ActNorm has none
+    return ({"discriminator": params} if params else {}) | ({"discriminator_stats": stats} if params and stats else {})
 
 
 def components(params: Mapping[str, Any], target: str) -> list[Component]:

@@ -31,7 +31,8 @@ def complete_config(config: Any, workdir: epath.Path) -> None:
     first = config.first_stage
     if checkpoint.has_frozen(workdir):
         _, metadata = checkpoint.load_frozen(workdir)
-        of_another = first.workdir and absolute(first.workdir) not in (metadata["source"], metadata.get("by_way_of"))
+        origins = (metadata["source"], metadata.get("by_way_of"))
+        of_another = first.workdir and checkpoint.absolute(first.workdir) not in origins
         if of_another and checkpoint.latest_step(workdir) is None:
             raise UserError(f"--workdir {workdir} holds a copy of another first stage, {metadata['source']}; nothing "
                             "else has been saved there, so the folder may be removed")
@@ -55,7 +56,7 @@ def complete_config(config: Any, workdir: epath.Path) -> None:
 def read_config(workdir: str) -> Any:
     """The config of a stage-1 workdir that has a complete checkpoint, or of the first stage that a stage-2 workdir has
     a copy of; else `UserError`."""
-    saved = epath.Path(absolute(workdir)) / "config.json"
+    saved = epath.Path(checkpoint.absolute(workdir)) / "config.json"
     if not saved.parent.exists():
         raise UserError(f"first_stage.workdir={workdir} does not exist; train an autoencoder there first")
     if not saved.exists():
@@ -68,7 +69,7 @@ def read_config(workdir: str) -> Any:
     step = checkpoint.latest_step(saved.parent)
     if step is None:
         raise UserError(f"first_stage.workdir={workdir} has no complete checkpoint yet; let stage 1 reach one")
-    if step < config.training.num_steps:
+    if step < config.training.num_steps and not (saved.parent / checkpoint.IMPORTED).exists():
         logging.warning("first_stage.workdir=%s stopped at step %d of %d; using step %d", workdir, step,
                         config.training.num_steps, step)
     return config
@@ -85,11 +86,6 @@ def read_saved(file: epath.Path) -> Any:
         raise UserError(f"{file} cannot be read as a config ({error}); it is damaged, or not a workdir's") from error
 
 
-def absolute(workdir: str) -> str:
-    """A workdir as it is recorded: independent of the folder the program was started in."""
-    return workdir if "://" in workdir else str(epath.Path(workdir).expanduser().resolve())
-
-
 def copy_once(config: Any, workdir: epath.Path) -> tuple[Any, Mapping[str, Any]]:
     """The first stage's parameters (averaged ones, if stage 1 has them) from this workdir, into which they are copied
     from stage 1's once.
@@ -101,7 +97,7 @@ def copy_once(config: Any, workdir: epath.Path) -> tuple[Any, Mapping[str, Any]]
     if config.first_stage.model.kind == "identity":
         return {}, {}
     if not checkpoint.has_frozen(workdir):
-        source = absolute(config.first_stage.workdir)
+        source = checkpoint.absolute(config.first_stage.workdir)
         if checkpoint.has_frozen(source):  # a stage-2 workdir has it already
             tree, metadata = checkpoint.load_frozen(source)
             checkpoint.save_frozen(workdir, tree, metadata | {"by_way_of": source})
@@ -149,7 +145,7 @@ def cached_sources(
     processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
     opened = {}
     for split, source in splits.items():
-        folder = epath.Path(absolute(config.first_stage.cache)) / split
+        folder = epath.Path(checkpoint.absolute(config.first_stage.cache)) / split
         identity = cache_identity(config, frozen, source)
         if not latents_cache.is_complete(folder):
             stream = loader.batches(config, {"train": "train_once"}.get(split, split), fields=("image", *fields),

@@ -44,7 +44,7 @@ def load(config: Any, workdir: epath.Path, shapes: Any) -> Beginning | None:
     given = config.training.initial
     if not given or checkpoint.latest_step(workdir) is not None:
         return None
-    source = first_stage.absolute(given)
+    source = checkpoint.absolute(given)
     saved = epath.Path(source) / "config.json"
     if not saved.exists():
         raise UserError(f"training.initial={given} is not a workdir: it has no config.json")

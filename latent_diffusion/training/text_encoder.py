@@ -34,7 +34,7 @@ def copy_once(config: Any, networks: models.Models, workdir: epath.Path) -> dict
     if not checkpoint.has_frozen(workdir, name=NAME):
         tokens = jnp.zeros((1, options.text.max_length), jnp.int32)
         shapes = jax.eval_shape(stage2.sequence_conditioner(networks).init, jax.random.key(0), tokens)["params"]
-        source = str(epath.Path(options.text.weights).expanduser().resolve())
+        source = checkpoint.absolute(options.text.weights)
         if checkpoint.has_frozen(source, name=NAME):  # a workdir that has a copy
             checkpoint.save_frozen(workdir, *checkpoint.load_frozen(source, name=NAME), name=NAME)
             return read(config, networks, workdir)

@@ -156,6 +156,28 @@ def test_half_precision_is_widened():
     np.testing.assert_array_equal(params["unet"]["out_2"]["bias"], state[key].astype(np.float32))
 
 
+def test_a_file_of_half_precision_alone():
+    state = {key: value.astype(np.float16) if value.dtype == np.float32 else value
+             for key, value in state_of(MODELS["unconditional"]).items()}
+    config, _ = compvis.import_model(MODELS["unconditional"], state)
+    assert config.first_stage.scale_factor == float(state["scale_factor"])
+
+
+def test_of_two_conditions_the_sequence_alone_has_weights():
+    masked = copy.deepcopy(MODELS["class"])
+    masked["model"]["params"]["conditioning_key"] = "hybrid"
+    masked["model"]["params"]["unet_config"]["params"]["in_channels"] = 7
+    state = state_of(MODELS["class"])
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    state[key] = np.random.default_rng(1).normal(size=(32, 7, 3, 3)).astype(np.float32)
+    averaged = "model_ema.diffusion_modelinput_blocks00weight"
+    state[averaged] = state[key] + 1
+    imported = compvis.read_model(masked, state)
+    assert (imported.config.conditioning.crossattn, imported.config.conditioning.concat) == ("class", "inpainting")
+    out = compvis.export_model(imported.config, imported.params, imported.ema_params)
+    assert set(out) == set(state)
+
+
 @pytest.mark.parametrize("rows, classes, null", [(1001, 1000, True), (1000, 1000, False), (11, 11, False)])
 def test_a_class_table_of_1001_rows_has_no_class_as_its_last(rows, classes, null):
     description = copy.deepcopy(MODELS["class"])

@@ -8,8 +8,9 @@ import re
 import struct
 import subprocess
 import sys
+import typing
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 
 import ml_dtypes
 import numpy as np
@@ -420,3 +421,28 @@ def test_a_type_that_cannot_be_saved(tmp_path):
     with pytest.raises(UserError, match="uint16"):
         tensor_files.save_tensors(tmp_path / "x.ckpt", {"x": np.zeros(2, np.uint16)})
     assert not (tmp_path / "x.ckpt").exists()
+
+
+def _nested(tuples):
+    """A dict whose key is a tuple in a tuple in a tuple ..."""
+    return b"\x80\x02}" + b")" + b"\x85" * tuples + b"K\x01s."
+
+
+def _doubled(times):
+    """A dict whose key is a tuple of twice the same tuple of twice ...: hashed in 2^times steps."""
+    return b"\x80\x02})" + b"".join(b"q\x01h\x01\x86" for _ in range(times)) + b"K\x01s."
+
+
+@pytest.mark.parametrize("program, needle", [
+    (_nested(1_000_000), "nests tuples too deeply"), (_doubled(45), "nests tuples too deeply"),
+    (b"\x80\x02}r" + (100_000_000).to_bytes(4, "little") + b".", "asks for too much memory"),
+])
+def test_programs_that_would_take_all_memory_or_time(tmp_path, program, needle):
+    refused(write_zip(tmp_path / "x.pt", None, program=program), needle)
+
+
+def test_settings_of_omegaconf_as_it_pickles_them(tmp_path):
+    config = Call(stand_in("omegaconf.dictconfig", "DictConfig"), Call(dict), Call(defaultdict), typing.Any)
+    tree = {"state_dict": {"w": tensor(np.ones(2, np.float32))}, "hyper_parameters": config}
+    tensors, _ = tensor_files.open_tensors(write_zip(tmp_path / "x.pt", tree))
+    assert_same(tensors, {"w": np.ones(2, np.float32)})

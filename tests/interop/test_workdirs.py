@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import reference_keys
 import reference_models
 import smoke_runs
 import tiny_runs
@@ -349,3 +350,32 @@ def test_mistakes_of_the_command_line(words, capsys):
         command(*words)
     error = capsys.readouterr().err
     assert caught.value.code == 2 and len(error.splitlines()) == 1 and error.startswith("python -m latent_diffusion")
+
+
+def test_a_first_stage_and_its_losses_come_back(tmp_path, capsys):
+    description = {"model": reference_models.AUTOENCODERS["kl"]}
+    options = reference_models.LOSS["kl"]
+    state = reference_models.draw(reference_keys.first_stage(description["model"]["params"]) | reference_keys.losses(
+        64, options["disc_num_layers"], "batch", True))
+    tensor_files.save_tensors(tmp_path / "ae.ckpt", state, 7)
+    (tmp_path / "ae.yaml").write_text(yaml.safe_dump(description))
+    workdir, output = tmp_path / "workdir", tmp_path / "out.ckpt"
+    arguments = ("--checkpoint", tmp_path / "ae.ckpt", "--yaml", tmp_path / "ae.yaml", "--workdir", workdir)
+    assert command("import", *arguments) == 0
+    assert command("export", "--workdir", workdir, "--format", "compvis", "--output", output) == 0
+    found, _ = tensor_files.open_tensors(output)
+    assert set(found) == set(state)
+    others = ("perceptual_loss", "num_batches")  # the package's own LPIPS; a counter
+    for key in (key for key in state if not any(part in key for part in others)):
+        np.testing.assert_array_equal(found[key], state[key], err_msg=key)
+    assert "logvar" in capsys.readouterr().out
+
+
+def test_what_has_no_averages_is_described_without(files, tmp_path):
+    folder, state = files
+    raw, output = {key: value for key, value in state.items() if "model_ema" not in key}, tmp_path / "out.ckpt"
+    tensor_files.save_tensors(tmp_path / "raw.ckpt", raw)
+    assert command(*import_arguments(folder, checkpoint=tmp_path / "raw.ckpt", workdir=tmp_path / "workdir")) == 0
+    assert command("export", "--workdir", tmp_path / "workdir", "--format", "compvis", "--output", output) == 0
+    assert yaml.safe_load(output.with_suffix(".yaml").read_text())["model"]["params"]["use_ema"] is False
+    assert set(tensor_files.open_tensors(output)[0]) == set(raw)

@@ -180,12 +180,15 @@ def _noise(config, seed):
     return _nchw(samplers.initial_noise(jax.random.key(seed), np.arange(2), shape))
 
 
-def test_pictures_without_condition_at_the_timesteps_of_the_reference(saved, monkeypatch, tmp_path):
+@pytest.mark.parametrize("spacing, name", [
+    (dict(steps_offset=1, set_alpha_to_one=False), "reference"), (dict(steps_offset=1), "leading_1"), ({}, "leading")])
+def test_pictures_at_the_timesteps_of_the_scheduler(saved, spacing, name, monkeypatch, tmp_path):
     pipeline, _ = saved("ldm")
-    spacing = dict(timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False)
+    spacing = dict(timestep_spacing="leading") | spacing
     pipeline.scheduler = _ddim(**spacing)
     pipeline.save_pretrained(tmp_path / "saved")
     model = LatentDiffusion.from_diffusers(tmp_path / "saved")
+    assert model.config.sampling.spacing == name
     images = model.sample(num_samples=2, steps=5, seed=3).images
     monkeypatch.setattr("diffusers.pipelines.deprecated.latent_diffusion_uncond.pipeline_latent_diffusion_uncond"
                         ".randn_tensor", lambda *_, **__: _noise(model.config, 3))
@@ -208,6 +211,17 @@ def test_pictures_of_text_through_a_workdir(saved, tmp_path):
                          str(out)]) == 0
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(out)(PROMPTS, **asked).images
     assert np.abs(np.round(theirs * 255) - images).max() <= 1
+
+
+def test_half_precision_and_weights_in_several_parts(saved, tmp_path):
+    pipeline, folder = saved("stable diffusion")
+    _, params = ours.import_model(folder)
+    pipeline.save_pretrained(tmp_path / "parts", max_shard_size="1MB")
+    assert (tmp_path / "parts" / "unet" / "diffusion_pytorch_model.safetensors.index.json").exists()
+    jax.tree.map(np.testing.assert_array_equal, ours.import_model(tmp_path / "parts")[1], params)
+    pipeline.save_pretrained(tmp_path / "half", variant="fp16")
+    assert (tmp_path / "half" / "unet" / "diffusion_pytorch_model.fp16.safetensors").exists()
+    jax.tree.map(np.testing.assert_array_equal, ours.import_model(tmp_path / "half")[1], params)
 
 
 def test_mistakes_are_named(saved, tmp_path):
