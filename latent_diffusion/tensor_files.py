@@ -56,8 +56,7 @@ def open_tensors(path: epath.PathLike) -> tuple[Mapping[str, np.ndarray], dict[s
 
     Raises:
       UserError: no such file, another format, a damaged file, or one that asks for anything but tensors, plain
-      containers
-        and numbers; the message names what it asks for.
+        containers and numbers; the message names what it asks for.
     """
     path = epath.Path(path).expanduser()
     if not path.is_file():

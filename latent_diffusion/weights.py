@@ -90,8 +90,7 @@ def load_clip_text(path: epath.PathLike, shapes: dict) -> dict:
 
     Args:
       path: safetensors, or what PyTorch writes, of CLIP's text encoder as `transformers` saves it, of the whole of
-      CLIP,
-        or of Stable Diffusion v1 with it inside; what else is in the file is not read.
+        CLIP, or of Stable Diffusion v1 with it inside; what else is in the file is not read.
       shapes: the tree that is asked for; its leaves have shapes.
 
     Raises:

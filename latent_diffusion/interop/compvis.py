@@ -82,8 +82,7 @@ def import_model(
 
     Raises:
       UserError: a description that `compvis_settings.to_config` refuses; a key that is missing or of another shape, by
-      name;
-        a noise schedule in the file that is not the description's.
+        name; a noise schedule in the file that is not the description's.
     """
     imported = read_model(model_yaml, state_dict)
     return imported.config, {**imported.params, **(imported.ema_params if use_ema else {})}

@@ -1,5 +1,6 @@
 """Our configs -> model descriptions of CompVis latent-diffusion: the inverse of `compvis_settings`."""
 
+import logging
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -86,6 +87,15 @@ def _describe_loss(config: ConfigDict) -> dict[str, Any]:
             else "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", "params": params}
 
 
+def _warn_of_text(options: Any) -> None:
+    """The reference's text encoders name no tokenizer and no size of CLIP."""
+    if options.text.kind == "bert" and options.text.vocab_size != 30522:
+        logging.warning("the vocabulary of %d entries is this model's own, but latent-diffusion has bert-base-uncased's: "
+                        "give it tokens, not text", options.text.vocab_size)
+    if options.text.kind == "clip" and (options.width, options.text.layers) != (768, 12):
+        logging.warning("the text encoder is not CLIP ViT-L/14, which latent-diffusion always has")
+
+
 def _describe_conditions(config: ConfigDict) -> dict[str, Any]:
     options, encoders = config.conditioning, "ldm.modules.encoders.modules."
     sequence, spatial, identity = options.crossattn, options.concat, {"target": "torch.nn.Identity"}
@@ -108,6 +118,8 @@ def _describe_conditions(config: ConfigDict) -> dict[str, Any]:
             "in_channels": options.segmentation.num_classes, "out_channels": options.segmentation.channels}}),
         "low_res": ("LR_image", identity), "inpainting": ("masked_image", FIRST_STAGE),
     }
+    if sequence == "text":
+        _warn_of_text(options)
     if sequence == "text" and options.text.kind == "clip":
         stages["text"] = ("caption", {"target": encoders + "FrozenCLIPEmbedder", "params": {
             "max_length": options.text.max_length}})

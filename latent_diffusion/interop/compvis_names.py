@@ -10,8 +10,8 @@ import numpy as np
 Path = tuple[str, ...]
 
 # What the leaves of a module are called there. ActNorm's scale keeps its name.
-_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias",
-           "mean": "running_mean", "var": "running_var"}
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias",
+          "mean": "running_mean", "var": "running_var"}
 # Regular expressions on our module path, joined by dots, applied in turn. The first of all is that a number is a name
 # of its own: "input_blocks_1_0" -> "input_blocks.1.0".
 _NUMBERS = (r"(?<=\d)_|_(?=\d)", ".")
@@ -45,7 +45,7 @@ def torch_name(network: str, path: Path) -> str:
     for pattern, replacement in _RULES[network]:
         name = re.sub(pattern, replacement, name)
     kept = network == "discriminator_actnorm" and leaf == "scale"
-    return f"{name}.{leaf if kept else _LEAVES.get(leaf, leaf)}"
+    return f"{name}.{leaf if kept else LEAVES.get(leaf, leaf)}"
 
 
 def to_torch(path: Path, value: np.ndarray) -> np.ndarray:

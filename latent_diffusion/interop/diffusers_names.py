@@ -13,7 +13,6 @@ import numpy as np
 from latent_diffusion.interop import compvis_names as names
 
 Path = tuple[str, ...]
-_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 _RESIDUAL = {"in_layers_0": "norm1", "in_layers_2": "conv1", "emb_layers_1": "time_emb_proj", "out_layers_0": "norm2",
              "out_layers_3": "conv2", "skip_connection": "conv_shortcut", "nin_shortcut": "conv_shortcut"}
 _OUTER = {"time_embed_0": "time_embedding.linear_1", "time_embed_2": "time_embedding.linear_2",
@@ -32,9 +31,9 @@ def unet(path: Path, model: Any) -> list[str]:
     else:
         prefix = _unet_block(block, model)
     if inner == ["qkv"]:
-        return [f"{prefix}.{part}.{_LEAVES[leaf]}" for part in _PARTS]
+        return [f"{prefix}.{part}.{names.LEAVES[leaf]}" for part in _PARTS]
     name = ".".join(_inside_unet(part, model.use_spatial_transformer) for part in inner)
-    return [".".join(filter(None, (prefix, name, _LEAVES[leaf])))]
+    return [".".join(filter(None, (prefix, name, names.LEAVES[leaf])))]
 
 
 def _inside_unet(module: str, transformer: bool) -> str:
@@ -77,7 +76,7 @@ def first_stage(path: Path, model: Any) -> list[str]:
                      "norm_out": "conv_norm_out"}
         return attention.get(name, _RESIDUAL.get(name, name))
 
-    return [".".join([side, *map(module, inner), _LEAVES[leaf]])]
+    return [".".join([side, *map(module, inner), names.LEAVES[leaf]])]
 
 
 def bert(path: Path, model: Any = None) -> list[str]:
@@ -87,12 +86,12 @@ def bert(path: Path, model: Any = None) -> list[str]:
     block, *inner, leaf = path
     outer = {"token_emb": "embed_tokens", "norm": "layer_norm"}
     if block in outer:
-        return [f"model.{outer[block]}.{_LEAVES[leaf]}"]
+        return [f"model.{outer[block]}.{names.LEAVES[leaf]}"]
     index, part = map(int, re.fullmatch(r"layers_(\d+)_(\d)", block).groups())
     kind = ("self_attn_layer_norm", "self_attn", "final_layer_norm", "")[2 * (index % 2) + part]
     projections = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj", "net_0_0": "fc1",
                    "net_2": "fc2"}
-    return [".".join(filter(None, (f"model.layers.{index // 2}", kind, *map(projections.get, inner), _LEAVES[leaf])))]
+    return [".".join(filter(None, (f"model.layers.{index // 2}", kind, *map(projections.get, inner), names.LEAVES[leaf])))]
 
 
 def clip(path: Path, model: Any = None) -> list[str]:

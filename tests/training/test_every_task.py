@@ -51,7 +51,8 @@ def config_of(name, first_stage, files):
     return config
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [  # classes are resumed in test_loop.py, too
+    pytest.param(name, marks=pytest.mark.slow) if name == "ldm_class" else name for name in RUNS])
 def test_resume_and_samples(name, first_stage, tmp_path):
     (tmp_path / "files").mkdir()
     config = config_of(name, first_stage, tmp_path / "files")
