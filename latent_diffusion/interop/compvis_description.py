@@ -90,8 +90,8 @@ def _describe_loss(config: ConfigDict) -> dict[str, Any]:
 def _warn_of_text(options: Any) -> None:
     """The reference's text encoders name no tokenizer and no size of CLIP."""
     if options.text.kind == "bert" and options.text.vocab_size != 30522:
-        logging.warning("the vocabulary of %d entries is this model's own, but latent-diffusion has bert-base-uncased's: "
-                        "give it tokens, not text", options.text.vocab_size)
+        logging.warning("the vocabulary of %d entries is this model's own, but latent-diffusion has "
+                        "bert-base-uncased's: give it tokens, not text", options.text.vocab_size)
     if options.text.kind == "clip" and (options.width, options.text.layers) != (768, 12):
         logging.warning("the text encoder is not CLIP ViT-L/14, which latent-diffusion always has")
 

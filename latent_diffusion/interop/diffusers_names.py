@@ -91,7 +91,8 @@ def bert(path: Path, model: Any = None) -> list[str]:
     kind = ("self_attn_layer_norm", "self_attn", "final_layer_norm", "")[2 * (index % 2) + part]
     projections = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj", "net_0_0": "fc1",
                    "net_2": "fc2"}
-    return [".".join(filter(None, (f"model.layers.{index // 2}", kind, *map(projections.get, inner), names.LEAVES[leaf])))]
+    modules = (f"model.layers.{index // 2}", kind, *map(projections.get, inner), names.LEAVES[leaf])
+    return [".".join(filter(None, modules))]
 
 
 def clip(path: Path, model: Any = None) -> list[str]:
