@@ -1,11 +1,13 @@
-"""Samplers: one `lax.scan` over a table of precomputed numbers, and one small rule per method for a step.
+"""Samplers: one `lax.scan` that runs any of the methods in `solvers` over any of the grids in `grids`.
 
-`sample` may be called inside jit. Only shapes, the method and the number of steps are static; eta, temperature and
-whatever the denoise function closes over (parameters, guidance scale) may be traced, so changing them never recompiles.
+`sample` may be called inside jit. Only shapes, the method, the spacing and the number of steps are static; eta,
+temperature and whatever the denoise function closes over (parameters, guidance scale) may be traced, so changing them
+never recompiles.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,101 +15,82 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, Num
 
-from latent_diffusion.diffusion import process
-from latent_diffusion.diffusion.schedule import NoiseSchedule, check_parameterization, posterior
+from latent_diffusion.diffusion import grids, solvers
+from latent_diffusion.diffusion.schedule import NoiseSchedule, check_parameterization
 from latent_diffusion.errors import UserError, choose
 
-DenoiseFn = Callable[[Float[Array, "b ..."], Int[Array, "b"]], Float[Array, "b ..."]]
+DenoiseFn = Callable[[Float[Array, "b ..."], Num[Array, "b"]], Float[Array, "b ..."]]
 Scalar = Num[ArrayLike, ""]
-Row = dict[str, Any]  # one step's numbers, scalars
-
-SPACINGS = ("clean", "reference", "leading", "leading_1")
-
-
-def ddpm_step(row: Row, z_t: Array, x0: Array, eps: Array, noise: Array, *, eta: Scalar, temperature: Scalar) -> Array:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2); `eta` is not used. The last step adds no noise."""
-    return row["coef_z_0"] * x0 + row["coef_z_t"] * z_t + temperature * jnp.sqrt(row["variance"]) * noise
+Row = dict[str, Array]  # one call's numbers, scalars
+METHODS = solvers.METHODS
+MASK_NOISE = 2**31  # added to the counter of the noise on what a mask keeps
 
 
-def ddim_step(row: Row, z_t: Array, x0: Array, eps: Array, noise: Array, *, eta: Scalar, temperature: Scalar) -> Array:
-    """DDIM (Song et al. 2021, eq. 12 and 16): deterministic for eta 0, as noisy as ancestral sampling for eta 1."""
-    variance = eta**2 * row["ddim_variance"]
-    # eta > 1 may ask for more noise than the level to be reached has.
-    direction = jnp.sqrt(jnp.maximum(row["sigma_prev_squared"] - variance, 0.0))
-    return row["alpha_prev"] * x0 + direction * eps + temperature * jnp.sqrt(variance) * noise
+class Known(NamedTuple):
+    """What a mask keeps: z_0 (b, ...), and keep (b, ..., 1 or c) with 1 = known, 0 = to be painted."""
+
+    z_0: Float[Array, "b ..."]
+    keep: Float[Array, "b ..."]
 
 
-METHODS = {"ddpm": ddpm_step, "ddim": ddim_step, "plms": ddim_step}  # plms: DDIM's step on a better eps, see `_plms`
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How `sample` draws. Static but for eta, indices, temperature, z_T and known, which may be traced.
 
-# Adams-Bashforth: the weights of eps at this timestep and of those before it, by how many of these there are.
-_ADAMS_BASHFORTH = np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]) / 24
+    method: a name of `METHODS`.
+    steps: how many levels are visited, 1 .. T. So many calls of the network, but for plms one more, for heun twice as
+      many less one, and for spacing "reference" about that.
+    eta: of ddim, 0 (deterministic) to 1 (ancestral variance); the others do not use it.
+    parameterization: what the network predicts: "eps", "x0" or "v".
+    indices: (B,) numbers of the images; 0 .. B-1 if not given.
+    spacing: see `grids.make`.
+    clip_x0: clip the predicted data to [-1, 1] at each call; for pixels, not for latents. The predicted noise is made
+      to agree with it.
+    threshold: 0, or the quantile of |x0| that each image is clipped to, and divided by if it exceeds 1: dynamic
+      thresholding (Saharia et al. 2022, section 2.3; 0.995 there), instead of clipping.
+    x0_fn: applied to the predicted data at each call, such as a quantizer. ddpm, ddim and euler, which use the
+      predicted noise too, leave that as it is, as the reference; methods that use nothing else make it agree.
+    temperature: multiplies the noise added by the steps (not the initial noise).
+    z_T: (B, ...) to start from, instead of `initial_noise`.
+    first: begin with this step, with a z_T as noisy as `first_level` says.
+    known: what is to stay. Before each step it is replaced by the known data as noisy as there, and at the end by the
+      known data (Lugmayr et al. 2022, eq. 8, without resampling). With spacing "reference" by the reference's rules:
+      not at the
+      end, and of ddpm after each step, as noisy as before it.
+    frames: how many predictions of the data to return, evenly spaced over the calls, the last one's among them.
+    on_call: called on the host with the number of each call that was made, from 1 on.
+    """
+
+    method: str = "ddim"
+    steps: int = 50
+    eta: Scalar = 0.0
+    parameterization: str = "eps"
+    indices: Int[ArrayLike, "b"] | None = None
+    spacing: str = "clean"
+    clip_x0: bool = False
+    threshold: float = 0.0
+    x0_fn: Callable[[Array], Array] | None = None
+    temperature: Scalar = 1.0
+    z_T: Float[Array, "b ..."] | None = None
+    first: int = 0
+    known: Known | None = None
+    frames: int = 0
+    on_call: Callable[[Any], None] | None = None
 
 
-def timesteps(method: str, schedule: NoiseSchedule, steps: int, spacing: str = "clean") -> Int[np.ndarray, "s"]:
-    """The timesteps that a sampler visits, ascending.
-
-    "clean" gives exactly `steps` of them, evenly spaced and ending with T - 1 (the "trailing" spacing of Lin et al.
-    2023, table 2). "reference" gives those of CompVis latent-diffusion: for ddim and plms range(0, T, T // steps) + 1,
-    whose length differs from `steps` unless that divides T, and which for some counts leaves the schedule; for ddpm all
-    T.
-
-    "leading" and "leading_1" are those of diffusers with that name and steps_offset 0 or 1: k T // steps, for k below
-    `steps`.
+def timesteps(method: str, schedule: NoiseSchedule, steps: int, spacing: str = "clean") -> Num[np.ndarray, "s"]:
+    """The timesteps that a sampler visits, ascending: int32, or float64 where they are fractional. See `grids.make`.
 
     Raises:
-        UserError: for an unknown method or spacing, for `steps` outside 1 .. T, and for counts that the reference's
-            spacing cannot do (with the nearest that it does exactly).
+        UserError: for an unknown method or spacing, and impossible numbers of steps.
     """
     choose(METHODS, method, "sampling.sampler")
-    if spacing not in SPACINGS:
-        raise UserError(f"sampler spacing: unknown value {spacing!r}; choose from {', '.join(SPACINGS)}")
-    total = schedule.timesteps
-    if not 1 <= steps <= total:
-        raise UserError(f"sampling.steps: {steps} is not between 1 and the {total} steps of the model's schedule")
-    if spacing.startswith("leading"):
-        return np.arange(steps, dtype=np.int32) * (total // steps) + (spacing == "leading_1")
-    if spacing == "clean":
-        return np.round(np.arange(1, steps + 1) * total / steps).astype(np.int32) - 1
-    if method == "ddpm":
-        if steps != total:
-            raise UserError(
-                f"sampling.steps: with spacing 'reference' ddpm runs all {total} steps; use spacing 'clean' for {steps}"
-            )
-        return np.arange(total, dtype=np.int32)
-    visited = np.arange(0, total, total // steps, dtype=np.int32) + 1
-    if visited[-1] >= total:
-        exact = [s for s in range(1, total // 2 + 1) if total % s == 0]
-        nearest = [*[s for s in exact if s < steps][-1:], *[s for s in exact if s > steps][:1]]
-        raise UserError(
-            f"sampling.steps: {steps} steps leave the schedule with spacing 'reference'; "
-            f"use {' or '.join(map(str, nearest))} steps, or spacing 'clean'"
-        )
-    return visited
-
-
-def step_table(method: str, schedule: NoiseSchedule, steps: int, spacing: str = "clean") -> dict[str, np.ndarray]:
-    """What each step needs to know, in the order in which the steps run; float64 except "t".
-
-    Skipped timesteps are those of a respaced schedule: the step goes from alphas_cumprod[t] to that of the next visited
-    timestep. The last step goes to clean data, except for ddim and plms with spacing "reference", which stop at the
-    noise level of timestep 0.
-    """
-    t = timesteps(method, schedule, steps, spacing)
-    acp = schedule.alphas_cumprod[t]
-    last = schedule.alphas_cumprod[0] if method != "ddpm" and spacing == "reference" else 1.0
-    acp_prev = np.append(last, acp[:-1])
-    table = posterior(acp, acp_prev, schedule.v_posterior) | {
-        "t": t,
-        "alpha_prev": np.sqrt(acp_prev),
-        "sigma_prev_squared": 1 - acp_prev,
-        "ddim_variance": (1 - acp_prev) / (1 - acp) * (1 - acp / acp_prev),
-    }
-    table["variance"][0] = 0.0  # with v_posterior > 0 it is not, but the last step of ancestral sampling adds no noise
-    return {name: values[::-1] for name, values in table.items()}
+    t = grids.make(method, schedule, steps, spacing).t[-2::-1]
+    return t.astype(np.int32) if np.all(t == np.round(t)) else t
 
 
 def _noise(rng: Key[Array, ""], indices: Int[ArrayLike, "b"], counter: int | Array, shape: tuple[int, ...]) -> Array:
-    """Standard normal noise of images `indices` for one step: a function of (rng, index, counter) alone."""
+    """Standard normal noise of images `indices` for one call: a function of (rng, index, counter) alone."""
 
     def draw(index):
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(rng, index), counter), shape[1:])
@@ -120,109 +103,166 @@ def initial_noise(rng: Key[Array, ""], indices: Int[ArrayLike, "b"], shape: tupl
 
     Args:
         rng: one key.
-        indices: (B,) numbers of the images.
-        shape: (B, ...), of the result.
+        indices: (B,) global numbers of the images.
+        shape: (B, ...).
     """
     return _noise(rng, indices, 0, shape)
 
 
+def first_level(method: str, schedule: NoiseSchedule, steps: int, spacing: str, first: int) -> tuple[float, float]:
+    """(alpha, sigma) that an image must be noised to before `sample` may begin with step `first` (image-to-image; Meng
+    et al.
+    2022, SDEdit). With spacing "reference" one level more than that of the step, as CompVis stable-diffusion does."""
+    grid = grids.make(method, schedule, steps, spacing)
+    at = max(0, first - 1) if spacing.startswith("reference") else first
+    return float(grid.alpha[at]), float(grid.sigma[at])
+
+
 def sample(
-    denoise_fn: DenoiseFn,
-    schedule: NoiseSchedule,
-    rng: Key[Array, ""],
-    shape: tuple[int, ...],
-    *,
-    method: str = "ddim",
-    steps: int = 50,
-    eta: Scalar = 0.0,
-    parameterization: str = "eps",
-    indices: Int[ArrayLike, "b"] | None = None,
-    spacing: str = "clean",
-    clip_x0: bool = False,
-    temperature: Scalar = 1.0,
-    z_T: Float[Array, "b ..."] | None = None,
+    denoise_fn: DenoiseFn, schedule: NoiseSchedule, rng: Key[Array, ""], shape: tuple[int, ...], **options: Any
 ) -> Float[Array, "b ..."]:
-    """Draws latents (or images) by running the diffusion backwards from noise.
+    """Draws latents (or images) by running the diffusion backwards from noise: the first result of `trajectory`."""
+    return trajectory(denoise_fn, schedule, rng, shape, **options)[0]
+
+
+def trajectory(
+    denoise_fn: DenoiseFn, schedule: NoiseSchedule, rng: Key[Array, ""], shape: tuple[int, ...], **options: Any
+) -> tuple[Float[Array, "b ..."], Float[Array, "f b ..."]]:
+    """Draws latents (or images), and keeps what was predicted on the way.
 
     Args:
-        denoise_fn: (z_t, t) -> prediction; z_t float32 of `shape`, t int32 (B,).
+        denoise_fn: (z_t, t) -> prediction; z_t float32 of `shape`, t (B,) int32, or float32 where the spacing has
+            fractional timesteps.
         schedule: of the model.
-        rng: one key. Image k sees noise made from `rng`, indices[k] and the step only, whatever the batch.
+        rng: one key. Image k sees noise made from `rng`, indices[k] and the call only, whatever the batch.
         shape: (B, ...), of the result.
-        method: "ddim", "ddpm" or "plms".
-        steps: number of calls of `denoise_fn` (with spacing "reference": about that; of plms: one more), 1 .. T.
-        eta: of ddim, 0 (deterministic) to 1 (ancestral variance); the others do not use it.
-        parameterization: what `denoise_fn` predicts: "eps", "x0" or "v".
-        indices: (B,) numbers of the images; 0 .. B-1 if not given.
-        spacing: see `timesteps`.
-        clip_x0: clip the predicted data to [-1, 1] at each step; for pixels, not for latents. The predicted noise is
-            made to agree with it.
-        temperature: multiplies the noise added by the steps (not the initial noise).
-        z_T: (B, ...) to start from, instead of `initial_noise`.
+        options: see `Options`.
 
     Returns:
-        z_0, float32 of `shape`.
+        z_0, float32 of `shape`, and the frames (frames, B, ...).
 
     Raises:
-        UserError: for unknown names and impossible numbers of steps, see `timesteps`.
+        UserError: for unknown names and impossible numbers of steps, see `grids.make`.
     """
-    check_parameterization(parameterization)
-    table = step_table(method, schedule, steps, spacing)
-    count = len(table["t"])
-    rows = {name: jnp.asarray(values, jnp.float32) for name, values in table.items() if name != "t"}
-    rows |= {"t": jnp.asarray(table["t"], jnp.int32), "counter": jnp.arange(1, count + 1)}
-    if indices is None:
-        indices = jnp.arange(shape[0])
-    if z_T is None:
-        z_T = initial_noise(rng, indices, shape)
+    asked = Options(**options)
+    check_parameterization(asked.parameterization)
+    method = choose(METHODS, asked.method, "sampling.sampler")
+    grid = grids.make(asked.method, schedule, asked.steps, asked.spacing)
+    if not 0 <= asked.first < grid.steps:
+        raise UserError(f"first={asked.first} must be less than the {grid.steps} steps of the sampler")
+    grid = grid.after(asked.first)
+    calls = method.calls(grid, schedule.v_posterior, asked.eta)
+    if asked.indices is None:
+        asked = dataclasses.replace(asked, indices=jnp.arange(shape[0]))
+    z_T = initial_noise(rng, asked.indices, shape) if asked.z_T is None else asked.z_T.astype(jnp.float32)
 
-    def predict(z_t, t):
-        t = jnp.full(shape[:1], t, jnp.int32)
-        prediction = denoise_fn(z_t, t).astype(jnp.float32)
-        x0 = process.to_x0(schedule, parameterization, prediction, z_t, t)
-        if clip_x0:
-            x0 = jnp.clip(x0, -1.0, 1.0)
-            return x0, process.to_eps(schedule, "x0", x0, z_t, t)
-        return x0, process.to_eps(schedule, parameterization, prediction, z_t, t)
+    def call(carry: tuple, row: Row) -> tuple[tuple, None]:
+        return _call(denoise_fn, asked, method, rng, carry, row), None
 
-    def step(z_t, row):
-        x0, eps = predict(z_t, row["t"])
-        noise = _noise(rng, indices, row["counter"], shape)
-        return METHODS[method](row, z_t, x0, eps, noise, eta=eta, temperature=temperature), None
-
-    z_T = z_T.astype(jnp.float32)
-    if method == "plms":
-        return _plms(lambda z_t, t: predict(z_t, t)[1], schedule, rows, z_T)
-    z_0, _ = jax.lax.scan(step, z_T, rows)
-    return z_0
+    history = jnp.zeros((_depth(calls), *shape))
+    frames = jnp.zeros((asked.frames, *shape))
+    (_, z_0, _, frames), _ = jax.lax.scan(call, (z_T, z_T, history, frames), _rows(grid, calls, asked.frames))
+    if asked.known is not None and not _as_reference(asked):
+        z_0 = _keep(asked.known, z_0, asked.known.z_0)
+    return z_0, frames
 
 
-def _plms(
-    predict_eps: Callable[[Array, Array], Array], schedule: NoiseSchedule, rows: dict[str, Array], z_T: Array
-) -> Array:
-    """PNDM's linear multistep method (Liu et al. 2022) as CompVis latent-diffusion has it, in steps + 1 predictions.
+def _call(
+    denoise_fn: DenoiseFn, asked: Options, method: solvers.Method, rng: Key[Array, ""], carry: tuple, row: Row
+) -> tuple:
+    """One call of the network, and where it leads: `solvers.Calls`. carry: base, where the network is called, history
+    and
+    frames."""
+    base, here, history, frames = carry
+    keep_after = asked.known is not None and _as_reference(asked) and asked.method == "ddpm"
+    if asked.known is not None and not keep_after:
+        held = jnp.where(row["starts"], _keep(asked.known, here, _noised(asked, rng, row)), here)
+        base, here = jnp.where(row["base_is_here"], held, base), held
 
-    A step is DDIM's with a combination of eps here and at up to three timesteps before. The first, which has none
-    before it, is made twice from z_T: with eps there, and then with the mean of that eps and the one at the point it
-    led to.
-    """
-    count = len(rows["t"])
-    steps = np.append(0, np.arange(count))  # the step that each prediction is for
-    places = np.append(0, np.minimum(np.append(1, np.arange(1, count)), count - 1))  # the timestep that it is made at
-    weights = _ADAMS_BASHFORTH[np.minimum(steps, 3)]
-    weights[1] = [0.5, 0.5, 0, 0]
-    calls = {name: values[steps] for name, values in rows.items()} | {
-        "t_here": rows["t"][places], "weights": jnp.asarray(weights, jnp.float32),
-        "is_first": jnp.arange(count + 1) == 0, "is_second": jnp.arange(count + 1) == 1}
+    prediction = denoise_fn(here, jnp.full(here.shape[:1], row["t"])).astype(jnp.float32)
+    x0, eps = _limited(asked, method, *_x0_and_eps(asked.parameterization, prediction, here, row), here, row)
+    terms = {"base": base, "x0": x0, "eps": eps} | {f"history{j + 1}": past for j, past in enumerate(history)}
+    if method.noisy:
+        terms["noise"] = asked.temperature * _noise(rng, asked.indices, row["counter"], here.shape)
+    here = _combined("step", terms, row)
+    base = _combined("base", terms, row) if any(name.startswith("base.") for name in row) else here
+    if keep_after:
+        base = here = _keep(asked.known, here, _noised(asked, rng, row))
 
-    def call(carry, row):
-        here, start, before = carry  # where eps is predicted, where the step starts, the last three eps
-        eps = predict_eps(here, row["t_here"])
-        combined = jnp.tensordot(row["weights"], jnp.concatenate([eps[None], before]), 1)
-        x0 = process.to_x0(schedule, "eps", combined, start, jnp.full(z_T.shape[:1], row["t"], jnp.int32))
-        reached = ddim_step(row, start, x0, combined, jnp.zeros_like(start), eta=0.0, temperature=0.0)
-        before = jnp.where(row["is_second"], before, jnp.concatenate([eps[None], before[:-1]]))
-        return (reached, jnp.where(row["is_first"], start, reached), before), None
+    if len(history):
+        history = jnp.concatenate([(x0 if method.history == "x0" else eps)[None], history[:-1]])
+    if asked.frames:
+        frames = frames.at[row["frame"]].set(x0, mode="drop")
+    if asked.on_call is not None:
+        jax.debug.callback(asked.on_call, row["counter"])
+    return base, here, history, frames
 
-    (z_0, _, _), _ = jax.lax.scan(call, (z_T, z_T, jnp.zeros((3, *z_T.shape))), calls)
-    return z_0
+
+def _combined(prefix: str, terms: dict[str, Array], row: Row) -> Array:
+    return sum(row[f"{prefix}.{name}"] * term for name, term in terms.items() if f"{prefix}.{name}" in row)
+
+
+def _as_reference(asked: Options) -> bool:
+    return asked.spacing.startswith("reference")
+
+
+def _keep(known: Known, z: Array, held: Array) -> Array:
+    return known.keep * held + (1 - known.keep) * z
+
+
+def _noised(asked: Options, rng: Key[Array, ""], row: Row) -> Array:
+    """The known data as noisy as where the network is called."""
+    z_0 = asked.known.z_0
+    return row["alpha"] * z_0 + row["sigma"] * _noise(rng, asked.indices, row["counter"] + MASK_NOISE, z_0.shape)
+
+
+def _x0_and_eps(parameterization: str, prediction: Array, z: Array, row: Row) -> tuple[Array, Array]:
+    """What a prediction says of data and noise, as `process.to_x0` and `to_eps`, but between timesteps, too."""
+    if parameterization == "eps":
+        return row["inverse_alpha"] * z - row["noise_level"] * prediction, prediction
+    if parameterization == "v":
+        return row["alpha"] * z - row["sigma"] * prediction, row["sigma"] * z + row["alpha"] * prediction
+    return prediction, (z - row["alpha"] * prediction) / row["sigma"]
+
+
+def _limited(
+    asked: Options, method: solvers.Method, x0: Array, eps: Array, z: Array, row: Row
+) -> tuple[Array, Array]:
+    """x0 after clipping, thresholding and `x0_fn`, and the eps that goes with it."""
+    if asked.threshold:
+        size = jnp.quantile(jnp.abs(x0).reshape(x0.shape[0], -1), asked.threshold, axis=1)
+        size = jnp.maximum(size, 1.0).reshape(-1, *[1] * (x0.ndim - 1))
+        x0 = jnp.clip(x0, -size, size) / size
+    elif asked.clip_x0:
+        x0 = jnp.clip(x0, -1.0, 1.0)
+    if asked.x0_fn is not None:
+        x0 = asked.x0_fn(x0)
+    if asked.threshold or asked.clip_x0 or (asked.x0_fn is not None and method.history == "eps"):
+        eps = (z - row["alpha"] * x0) / row["sigma"]
+    return x0, eps
+
+
+def _depth(calls: solvers.Calls) -> int:
+    """How many predictions of earlier calls a method needs."""
+    names = [*calls.step, *(calls.base or {})]
+    return max((int(name.removeprefix("history")) for name in names if name.startswith("history")), default=0)
+
+
+def _rows(grid: grids.Grid, calls: solvers.Calls, frames: int) -> Row:
+    """What the loop needs to know at each call, arrays (m,)."""
+    at, count = calls.at, len(calls.at)
+    t = grid.t[at]
+    columns = {"alpha": grid.alpha[at], "sigma": grid.sigma[at], "inverse_alpha": 1 / grid.alpha[at],
+               "noise_level": grid.noise_level[at]}
+    columns |= {f"step.{name}": values for name, values in calls.step.items()}
+    columns |= {f"base.{name}": values for name, values in (calls.base or {}).items()}
+    starts = np.ones(count, bool) if calls.starts is None else calls.starts
+    same = starts if calls.base is None else np.all(
+        [np.equal(calls.base.get(name, 0.0), values) for name, values in calls.step.items()]
+        + [np.equal(calls.step.get(name, 0.0), values) for name, values in calls.base.items()], axis=0)
+    shown = np.full(count, frames)  # out of range: not kept
+    shown[np.round(np.linspace(count - 1, 0, frames)).astype(int)] = np.arange(frames)[::-1]
+    return {name: jnp.asarray(values, jnp.float32) for name, values in columns.items()} | {
+        "t": jnp.asarray(t, jnp.int32 if np.all(t == np.round(t)) else jnp.float32),
+        "counter": jnp.arange(1, count + 1), "frame": jnp.asarray(shown),
+        "starts": jnp.asarray(starts), "base_is_here": jnp.asarray(np.append(True, same[:-1]))}

@@ -292,8 +292,8 @@ def test_reference_spacing_names_counts_that_work():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(method="euler"), "'euler'.*ddpm, ddim"),
-        (dict(spacing="quad"), "'quad'.*clean, reference"),
+        (dict(method="magic"), "'magic'.*ddim, ddpm"),
+        (dict(spacing="odd"), "'odd'.*clean, .*reference"),
         (dict(parameterization="flow"), "'flow'.*eps, x0, v"),
         (dict(steps=0), "0 is not between 1 and the 1000"),
         (dict(steps=1001), "1001 is not between"),
