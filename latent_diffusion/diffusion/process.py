@@ -88,6 +88,22 @@ def posterior_mean(
     return broadcast_to_image(coef1, z_t) * z_0 + broadcast_to_image(coef2, z_t) * z_t
 
 
+def slerp(
+    one: Float[Array, "b ..."], other: Float[Array, "b ..."], amount: Float[Array, "b"]
+) -> Float[Array, "b ..."]:
+    """From `one` (amount 0) to `other` (1) along the great circle, each example by its own amount: of two pieces of
+    unit
+    noise it is unit noise, too, which a straight line is not (Shoemake 1985; Song et al. 2021, appendix D.5)."""
+    flat, axes = one.reshape(one.shape[0], -1), (one.shape[0], -1)
+    norms = jnp.linalg.norm(flat, axis=1) * jnp.linalg.norm(other.reshape(axes), axis=1)
+    angle = jnp.arccos(jnp.clip(jnp.sum(flat * other.reshape(axes), axis=1) / norms, -1.0, 1.0))
+    near = angle < 1e-4  # and where they are opposite there is no such circle
+    sine = jnp.where(near, 1.0, jnp.sin(angle))
+    weights = (jnp.where(near, 1 - amount, jnp.sin((1 - amount) * angle) / sine),
+               jnp.where(near, amount, jnp.sin(amount * angle) / sine))
+    return broadcast_to_image(weights[0], one) * one + broadcast_to_image(weights[1], one) * other
+
+
 LOSSES = {"l1": jnp.abs, "l2": jnp.square}
 
 

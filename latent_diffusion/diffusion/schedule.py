@@ -8,9 +8,10 @@ step's noise). Everything is computed in float64 with numpy and becomes float32 
 import dataclasses
 from functools import cached_property
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from latent_diffusion.errors import UserError, choose
 
@@ -113,6 +114,16 @@ class NoiseSchedule:
     def sigma(self, t: Int[Array, "..."]) -> Float[Array, "..."]:
         """sqrt(1 - alphas_cumprod[t]): the standard deviation of the noise at step t; float32, in (0, 1)."""
         return gather(np.sqrt(1 - self.alphas_cumprod), t)
+
+    def levels(self, t: Num[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """(alpha, sigma) at timesteps that may be fractional (float32), between which log(sigma / alpha) is
+        interpolated."""
+        if jnp.issubdtype(t.dtype, jnp.integer):
+            return self.alpha(t), self.sigma(t)
+        log_noise = (np.log1p(-self.alphas_cumprod) - np.log(self.alphas_cumprod)) / 2
+        noise_level = jnp.exp(jnp.interp(t, jnp.arange(self.timesteps, dtype=jnp.float32), jnp.asarray(log_noise)))
+        alpha = jax.lax.rsqrt(1 + noise_level**2)
+        return alpha, noise_level * alpha
 
     def log_snr(self, t: Int[Array, "..."]) -> Float[Array, "..."]:
         """log(alpha(t)^2 / sigma(t)^2), natural logarithm; float32."""
