@@ -33,6 +33,7 @@ from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from latent_diffusion import checkpoint, images, layouts, parallel, pipeline, request  # noqa: E402
+from latent_diffusion import settings as settings_lib  # noqa: E402
 from latent_diffusion.data import transforms  # noqa: E402
 from latent_diffusion.errors import UserError, read_text  # noqa: E402
 
@@ -174,7 +175,7 @@ def read_maps(args: argparse.Namespace, config: Any) -> tuple[dict[str, np.ndarr
     for path, mask in zip(args.mask, given.get("mask", ()), strict=True):
         if not images.is_white(mask).any():
             logging.warning("--mask %s has no white, so nothing is painted", path)
-    return given, request.size_of_maps(config, request.resolve_maps(config, **given), args.size)
+    return given, settings_lib.size_of_maps(config, request.resolve_maps(config, **given), args.size)
 
 
 def read_vectors(path: str) -> np.ndarray:
@@ -240,7 +241,7 @@ def run(args: argparse.Namespace) -> int:
     config = request.read_config(args.workdir)
     override_sampling(config, args)
     wanted = plan(args, config)
-    settings = request.resolve_settings(
+    settings = settings_lib.resolve(
         config, seed=args.seed, size=wanted["size"], tile=args.tile, overlap=args.overlap)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(COMPILE_CACHE))
@@ -261,7 +262,7 @@ def run(args: argparse.Namespace) -> int:
                 path.unlink()
     common = dict(
         workdir=args.workdir, step=model.step, seed=settings.seed, sampler=settings.sampler, steps=settings.steps,
-        guidance_scale=settings.guidance_scale, eta=settings.eta, size=",".join(map(str, settings.size)))
+        guidance_scale=settings.guidance_scale[0], eta=settings.eta, size=",".join(map(str, settings.size)))
     common |= {"tile": settings.tile, "overlap": settings.overlap} if settings.tile else {}
     kept, number = [], 0
     try:

@@ -146,8 +146,12 @@ CHOICES = {
     "data.channels": (1, 3),
     "optimizer.name": ("adam", "adamw", "muon", "sgd"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
-    "sampling.sampler": ("ddpm", "ddim", "plms"),
-    "sampling.spacing": ("clean", "reference", "leading", "leading_1"),
+    "sampling.sampler": (
+        "ddim", "ddpm", "plms", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "unipc", "euler", "euler_ancestral", "heun",
+        "lms"),
+    "sampling.spacing": (
+        "clean", "trailing", "uniform", "quad", "linspace", "karras", "exponential", "leading", "leading_1",
+        "reference", "reference_quad"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
 }

@@ -114,7 +114,13 @@ def _common() -> dict:
         sampling=dict(
             sampler="ddim", steps=50, eta=0.0, guidance_scale=1.0, prompts=(), labels=(),
             clip_x0=False,        # clip what is predicted for the data to [-1, 1] at each step; for pixels only
-            spacing="clean",      # clean | reference, leading, leading_1: the timesteps of others, for imported models
+            spacing="clean",      # of the timesteps, see diffusion/grids.py; imported models have their own
+            temperature=1.0,      # of the noise that the steps add
+            threshold=0.0,        # dynamic thresholding by this quantile, for pixels (0.995); 0 = off
+            quantize_x0=False,    # vq: what is predicted for the latents becomes codes at each step
+            guidance_interval=(),  # (low, high): guide at noise levels sigma / alpha between them only
+            guidance_rescale=0.0,  # 0 .. 1: give guided predictions the deviation of unguided ones
+            two_passes=False,     # guidance in two passes with less memory, not one of twice the batch
         ),
     )
 

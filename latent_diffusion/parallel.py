@@ -123,6 +123,13 @@ def pmap_local(function: Callable, **static: Any) -> Callable:
     return _pmap(function, static, (None, 0), devices=jax.local_devices())
 
 
+def pmap_draw(function: Callable, *, donate: bool, **static: Any) -> Callable:
+    """``function(shared, start, batch, **static)`` on this process's devices alone: the first replicated, the others
+    and the
+    result with a leading device axis, and the memory of `start` given away if `donate`."""
+    return _pmap(function, static, (None, 0, 0), devices=jax.local_devices(), donate_argnums=(1,) if donate else ())
+
+
 def _pmap(function: Callable, static: dict[str, Any], in_axes: tuple, **options: Any) -> Callable:
     """pmap with every argument in a tuple of its own: where there happen to be as many leaves as arguments, as with an
     empty tree of weights, JAX 0.10 would take `in_axes` to be one for each leaf."""

@@ -6,18 +6,18 @@
 
 import dataclasses
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
-from latent_diffusion import checkpoint, images, models, parallel, programs, request, tensor_files
+from latent_diffusion import checkpoint, drawing, editing, models, parallel, programs, request, tensor_files
 from latent_diffusion import conditions as conditions_lib
 from latent_diffusion import layouts as layouts_lib
+from latent_diffusion import settings as settings_lib
 from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.errors import UserError
 from latent_diffusion.training import diffusion as stage2
@@ -25,23 +25,6 @@ from latent_diffusion.training import text_encoder
 
 AnyArray = jax.Array | np.ndarray
 Layouts = layouts_lib.Objects | Sequence[layouts_lib.Objects] | None
-BATCH_SIZE = 16  # pictures that are drawn at once, where the caller does not say
-
-
-# --- the model -------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Samples:
-    """images (N, H, W, C) uint8 and the scaled latents (N, h, w, c) float32 that they were decoded from."""
-
-    images: UInt8[np.ndarray, "n h w c"]
-    latents: Float[np.ndarray, "n h2 w2 d"]
-
-
-def _joined(batches: Iterator[Samples]) -> Samples:
-    parts = list(batches)
-    return Samples(np.concatenate([part.images for part in parts]), np.concatenate([part.latents for part in parts]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,59 +120,21 @@ class LatentDiffusion:
             vocabulary=vocabulary, step=step)
 
     def sample(
-        self,
-        prompts: str | Sequence[str] | None = None,
-        labels: request.Labels | None = None,
-        *,
-        layouts: Layouts = None,
-        vectors: np.ndarray | None = None,
-        segmentation: np.ndarray | None = None,
-        low_res: np.ndarray | None = None,
-        image: np.ndarray | None = None,
-        mask: np.ndarray | None = None,
-        num_samples: int | None = None,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        sampler: str | None = None,
-        eta: float | None = None,
-        seed: int = 0,
-        size: tuple[int, int] | None = None,
-        tile: int | None = None,
-        overlap: int | None = None,
-        batch_size: int | None = None,
-    ) -> Samples:
+        self, prompts: str | Sequence[str] | None = None, labels: request.Labels | None = None, **options: Any
+    ) -> drawing.Samples:
         """Draws pictures. The same seed gives the same pictures for any `batch_size` and number of devices.
 
-        What is not given comes from ``config.sampling``. Only `steps`, `sampler`, `size`, `tile`, `overlap` and
-        `batch_size` compile anew when changed, and guidance where there was none. A condition that the model takes and
-        that is not given is its null condition.
+        A condition that the model takes and that is not given is its null condition.
 
         Args:
           prompts: texts, of a text model.
           labels: class numbers or names, of a class-conditional model; paired with the prompts if both are given.
-          layouts: objects with boxes, of a layout model.
-          vectors: (n, l, width) or (n, width) float, of a model that is conditioned on vectors from elsewhere.
-          segmentation, low_res, image, mask: what a model for semantic maps, super-resolution or inpainting must have,
-            see `request.resolve_maps`. Known pixels of an inpainted picture are returned exactly.
-          num_samples: how many pictures; the conditions are repeated in turn. One for each condition by default.
-          steps: of the sampler, 1 .. T.
-          guidance_scale: of classifier-free guidance: 1 = none, above 1 = closer to the condition. If it comes from the
-            config and is 1, the unconditional pass is left out, which halves the work.
-          sampler: "ddim", "ddpm" or "plms".
-          eta: noise of ddim, from 0 (none) to 1 (as much as ddpm); the others do not use it.
-          seed: 0 .. 2^32 - 1. Picture k depends on the seed and k only.
-          size: height and width in pixels; that of the map, or else of the training images by default.
-          tile, overlap: for pictures that do not fit into memory: the UNet, the encoder and the decoder work on patches
-            of `tile` pixels that overlap by `overlap` (a quarter), and the patches are blended.
-          batch_size: pictures at once over all local devices (rounded up to a multiple of them).
+          options: the other arguments of `sample_batches`.
 
         Raises:
-          UserError: see the functions of `request`; also, latents that are not finite.
+          UserError: see `sample_batches`.
         """
-        return _joined(self.sample_batches(
-            prompts, labels, layouts=layouts, vectors=vectors, segmentation=segmentation, low_res=low_res, image=image,
-            mask=mask, num_samples=num_samples, batch_size=batch_size, steps=steps, guidance_scale=guidance_scale,
-            sampler=sampler, eta=eta, seed=seed, size=size, tile=tile, overlap=overlap))
+        return drawing.joined(self.sample_batches(prompts, labels, **options))
 
     def sample_batches(
         self,
@@ -202,30 +147,89 @@ class LatentDiffusion:
         low_res: np.ndarray | None = None,
         image: np.ndarray | None = None,
         mask: np.ndarray | None = None,
+        strength: float | None = None,
+        negative_prompts: str | Sequence[str] | None = None,
+        upsample: np.ndarray | None = None,
+        upsample_scale: float = 1.0,
+        variation: float | Sequence[float] | None = None,
+        variation_seed: int | None = None,
+        noise: np.ndarray | None = None,
+        same_noise: bool = False,
+        weak: "LatentDiffusion | None" = None,
+        correction: Any = None,
         num_samples: int | None = None,
+        only: Sequence[int] | None = None,
         batch_size: int | None = None,
+        frames: int = 0,
+        report: bool = False,
         size: tuple[int, int] | None = None,
         **settings: Any,
-    ) -> Iterator[Samples]:
-        """`sample`, one batch after the other as they are ready; same arguments. Mistakes are found at the call."""
-        maps = request.resolve_maps(self.config, segmentation=segmentation, low_res=low_res, image=image, mask=mask)
-        asked = request.resolve_settings(self.config, size=request.size_of_maps(self.config, maps, size), **settings)
-        prompts, labels = request.resolve_conditions(self.config, prompts, labels, self.label_names)
-        request.warn_of_untrained(self.config, prompts, labels)
-        layouts, vectors = request.resolve_layouts(self.config, layouts), request.resolve_vectors(self.config, vectors)
-        given = [x for x in (prompts, labels, layouts, vectors, *maps.values()) if x is not None]
-        number = max(map(len, given), default=1) if num_samples is None else num_samples
-        if number < 1:
-            raise UserError(f"num_samples={number} must be 1 or more")
-        if batch_size is not None and batch_size < 1:
-            raise UserError(f"batch_size={batch_size} must be 1 or more")
-        conditions = maps | self.conditions(
-            prompts, labels, number, layouts, request.patches(self.config, asked), vectors)
-        if prompts is None and labels is None and layouts is None and vectors is None:  # nothing to be guided to
-            asked = dataclasses.replace(asked, guided=False)
-        return self._draw_batches(asked, conditions, number, batch_size)
+    ) -> Iterator[drawing.Samples]:
+        """`sample`, one batch after the other as they are ready. Mistakes are found at the call.
 
-    def sample_arrays(self, conditions: Mapping[str, np.ndarray], *, seed: int = 0) -> Samples:
+        Args:
+          prompts, labels: see `sample`.
+          layouts: objects with boxes, of a layout model.
+          vectors: (n, l, width) or (n, width) float, of a model that is conditioned on vectors from elsewhere.
+          segmentation, low_res: what a model for semantic maps or super-resolution must have, see
+            `request.resolve_maps`.
+          image, mask: a picture, uint8, and where to paint in it. A model for inpainting sees both; any other draws
+            what is white in the mask around what is known. Known pixels are returned exactly. `editing.outpaint` makes
+            both.
+          strength: of image-to-image, with `image`: 0 (it stays) .. 1 (little of it does).
+          negative_prompts: what guidance moves away from, instead of from the empty caption; one, or one for each
+            picture.
+          upsample: small pictures, uint8, that the samples of an unconditional model are guided to look like when small
+            (paper, appendix C), with `upsample_scale` times the gradient.
+          variation: 0 .. 1, how far the noise is turned toward that of `variation_seed`; several: one for each picture.
+          noise: (n, h, w, c) to start from, instead of that of the seed.
+          same_noise: all pictures start from the noise of picture 0.
+          weak: a weaker model of the same latents that guidance moves away from (autoguidance).
+          correction: ``f(eps, z_t, t, arguments) -> eps`` and its last argument, a tree of arrays, in a tuple: changes
+            the predicted noise at each step, see `diffusion.guidance.corrected` and `classifier`.
+          num_samples: how many pictures; the conditions are repeated in turn. One for each condition by default.
+          only: numbers of the pictures to draw, out of 0 .. num_samples - 1.
+          batch_size: pictures at once over all local devices (rounded up to a multiple of them).
+          frames: how many of the predictions on the way to return.
+          report: tell `programs.listening` of each step.
+          size: height and width in pixels, which the first stage divides.
+          settings: steps, guidance_scale, sampler, seed, tile, ..: see `settings.Settings` and `settings.resolve`.
+
+        Raises:
+          UserError: see `settings.resolve` and the functions of `request` and `editing`; also, latents that are not
+            finite.
+        """
+        config, takes_image = self.config, "image" in request.map_fields(self.config)
+        maps = request.resolve_maps(config, segmentation=segmentation, low_res=low_res,
+                                    **(dict(image=image, mask=mask) if takes_image else {}))
+        edit = {} if takes_image else editing.resolve(config, image, mask, strength)
+        asked = settings_lib.resolve(
+            config, size=settings_lib.size_of_maps(config, maps | edit, size), strength=strength, weak=weak is not None,
+            **settings)
+        arrays = editing.pad(config, maps | edit, asked.size, asked.canvas)
+        arrays |= editing.resolve_small(config, upsample, asked.size)
+        prompts, labels = request.resolve_conditions(config, prompts, labels, self.label_names)
+        request.warn_of_untrained(config, prompts, labels)
+        layouts, vectors = request.resolve_layouts(config, layouts), request.resolve_vectors(config, vectors)
+        given = [x for x in (prompts, labels, layouts, vectors, *arrays.values()) if x is not None]
+        number = max(map(len, given), default=1) if num_samples is None else num_samples
+        for name, value in (("num_samples", number), ("batch_size", 1 if batch_size is None else batch_size)):
+            if value < 1:
+                raise UserError(f"{name}={value} must be 1 or more")
+        if negative_prompts is not None:
+            arrays["negative_tokens"] = self._negative_tokens(negative_prompts)
+        arrays |= drawing.noise_arrays(self, asked, noise, variation, variation_seed)
+        conditions = self.conditions(prompts, labels, number, layouts, settings_lib.patches(config, asked), vectors)
+        nothing_given = prompts is None and labels is None and layouts is None and vectors is None
+        if nothing_given and negative_prompts is None and weak is None:  # nothing to be guided to
+            asked = dataclasses.replace(asked, guided=False)
+        drawing.check_weak(self, weak)
+        job = drawing.Job(arrays=arrays, masked="mask" in edit, variation_seed=variation_seed, same_noise=same_noise,
+                   upsample_scale=upsample_scale, weak=weak, correction=correction, frames=frames, report=report)
+        positions = np.arange(number) if only is None else np.asarray(only, np.int64)
+        return drawing.batches(self, asked, conditions, positions, batch_size, job)
+
+    def sample_arrays(self, conditions: Mapping[str, np.ndarray], *, seed: int = 0) -> drawing.Samples:
         """`sample` with the settings of ``config.sampling``, for conditions as a batch of training holds them.
 
         Args:
@@ -233,8 +237,15 @@ class LatentDiffusion:
             name: tokens, layout int32 (n, l); label int32 (n,); and what `request.resolve_maps` returns.
         """
         maps = {name: conditions[name] for name in request.map_fields(self.config)}
-        asked = request.resolve_settings(self.config, seed=seed, size=request.size_of_maps(self.config, maps))
-        return _joined(self._draw_batches(asked, conditions, len(next(iter(conditions.values()))), None))
+        asked = settings_lib.resolve(self.config, seed=seed, size=settings_lib.size_of_maps(self.config, maps))
+        positions = np.arange(len(next(iter(conditions.values()))))
+        return drawing.joined(drawing.batches(self, asked, conditions, positions, None, drawing.Job()))
+
+    def _negative_tokens(self, prompts: str | Sequence[str]) -> np.ndarray:
+        if "tokens" not in request.condition_fields(self.config):
+            raise UserError(f"this model takes no negative_prompts; {request.takes(self.config)}")
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return self.vocabulary.encode(prompts, self.config.conditioning.text.max_length)
 
     def conditions(
         self, prompts: Sequence[str] | None, labels: Sequence[int] | None, number: int,
@@ -269,49 +280,10 @@ class LatentDiffusion:
             arrays["label"] = np.asarray(labels, np.int32)
         return {name: rows[np.arange(number) % len(rows)] for name, rows in arrays.items()}
 
-    def _draw_batches(
-        self, asked: request.Settings, conditions: Mapping[str, np.ndarray], number: int, batch_size: int | None
-    ) -> Iterator[Samples]:
-        devices = jax.local_device_count()
-        batch_size = math.ceil((batch_size or min(number, BATCH_SIZE)) / devices) * devices
-        run = programs.compiled(self._program(asked))
-        shared = parallel.replicate({
-            "params": dict(self.params), "key": jax.random.key(asked.seed),
-            "null": self.conditions(None, None, 1, patches=request.patches(self.config, asked)) if asked.guided else {},
-            "scale_factor": np.float32(self.scale_factor), "guidance_scale": np.float32(asked.guidance_scale),
-            "eta": np.float32(asked.eta)})
-        for start in range(0, number, batch_size):
-            index = np.arange(start, start + batch_size, dtype=np.int32)
-            rows = np.minimum(index, number - 1)  # the last batch is filled up, what is too many dropped
-            given = {name: x[rows % len(x)] for name, x in conditions.items()}
-            batch = parallel.shard({"index": index} | given)
-            z_0, x = (part[: number - start] for part in parallel.gather(run(shared, batch)))
-            finite = np.isfinite(z_0).all((1, 2, 3)) & np.isfinite(x).all((1, 2, 3))
-            if not finite.all():
-                raise UserError(
-                    f"the latents of picture {start + int(np.argmin(finite))} are not finite: the training diverged "
-                    f"before step {self.step}, or guidance_scale={asked.guidance_scale:g} is far too large")
-            pictures = images.to_uint8(x)
-            if "mask" in conditions:  # what is known stays as it is, to the last bit
-                mask, known = (given[name][: len(x)] for name in ("mask", "image"))
-                pictures = np.where(mask > 0.5, pictures, images.to_uint8(known))
-            yield Samples(pictures, z_0)
-
     @property
-    def _conditioning(self) -> programs.Conditioning:
+    def conditioning(self) -> programs.Conditioning:
         options = self.config.conditioning
         return programs.Conditioning(options.crossattn, bool(options.label), options.concat)
-
-    def _program(self, asked: request.Settings) -> programs.Program:
-        first_stage = self.models.first_stage
-        factor = first_stage.factor
-        height, width = (side // factor for side in asked.size)
-        return programs.Program(
-            models=self.models, schedule=self.schedule, conditioning=self._conditioning,
-            parameterization=self.config.diffusion.parameterization, sampler=asked.sampler, steps=asked.steps,
-            spacing=asked.spacing, clip_x0=asked.clip_x0, guided=asked.guided,
-            latent_shape=(height, width, first_stage.latent_channels),
-            tile=programs.Tile(asked.tile // factor, asked.overlap // factor, factor) if asked.tile else None)
 
     def encode(self, x: Float[AnyArray, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         """Images in [-1, 1] -> scaled latents: the posterior's mode (training draws from it), before quantization."""
@@ -332,4 +304,4 @@ class LatentDiffusion:
         """
         if condition is None:
             condition = self.conditions(None, None, len(z_t))
-        return programs.denoise(self.params, z_t, t, dict(condition), models=self.models, options=self._conditioning)
+        return programs.denoise(self.params, z_t, t, dict(condition), models=self.models, options=self.conditioning)

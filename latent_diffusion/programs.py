@@ -1,8 +1,11 @@
-"""What is compiled to draw pictures: the whole sampler with its decoder, and single calls of the networks."""
+"""What is compiled to draw pictures: from noise and conditions to pictures of 8 bits in one program, and single calls
+of the networks."""
 
+import collections
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from latent_diffusion import models, parallel
-from latent_diffusion.diffusion import guidance, samplers, tiles
+from latent_diffusion.diffusion import guidance, process, samplers, tiles
 from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.training import diffusion as stage2
+
+TRACES: collections.Counter = collections.Counter()  # how often each program was traced, which is how often it compiled
 
 
 class Conditioning(NamedTuple):
@@ -33,7 +38,16 @@ class Tile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """All that a compiled sampler depends on; whatever else there is, weights above all, is an argument of it."""
+    """All that a compiled sampler depends on; whatever else there is, weights above all, is an argument of it.
+
+    guidance: "none", "classifier_free" or "weak" (autoguidance, by `weak`). first: the step that is begun with, above 0
+      for
+    image-to-image. masked: ``image`` and ``mask`` of the batch say what stays, though the network does not see them.
+    upsample:
+    toward small pictures. size: of the pictures, which are cut from the middle of `latent_shape`. frames: how many
+    predictions
+    to decode. report: calls the listener of `listening` at each step. The rest: `settings.Settings`.
+    """
 
     models: models.Models
     schedule: schedule_lib.NoiseSchedule
@@ -42,46 +56,200 @@ class Program:
     sampler: str
     steps: int
     spacing: str
-    clip_x0: bool
-    guided: bool
     latent_shape: tuple[int, int, int]
-    tile: Tile | None
+    size: tuple[int, int]
+    clip_x0: bool = False
+    threshold: float = 0.0
+    quantize_x0: bool = False
+    guidance: str = "none"
+    two_passes: bool = False
+    interval: bool = False
+    weak: models.Models | None = None
+    correction: Callable | None = None
+    upsample: bool = False
+    masked: bool = False
+    first: int = 0
+    varied: bool = False
+    frames: int = 0
+    report: bool = False
+    tile: Tile | None = None
+    decode_tile: Tile | None = None
 
 
-def draw(shared: Mapping[str, Any], batch: Mapping[str, Array], *, program: Program) -> tuple[Array, Array]:
+# --- the two programs of a sampler -----------------------------------------------------------------------------------
+
+
+def start(shared: Mapping[str, Any], batch: Mapping[str, Array], *, program: Program) -> Array:
+    """Where the sampler starts, (b, h, w, c): noise of `shared` ``key`` and the pictures' numbers; turned by ``amount``
+    toward
+    that of ``variation_key``, if varied; for image-to-image, on top of the encoded ``image`` (``alpha``, ``sigma``)."""
+    shape = (batch["index"].shape[0], *program.latent_shape)
+    noise = samplers.initial_noise(shared["key"], batch["index"], shape)
+    if program.varied:
+        other = samplers.initial_noise(shared["variation_key"], batch["index"], shape)
+        noise = process.slerp(noise, other, batch["amount"])
+    if program.first == 0:
+        return noise
+    return shared["alpha"] * _encoded(shared, batch["image"], program) + shared["sigma"] * noise
+
+
+def draw(
+    shared: Mapping[str, Any], z_T: Array, batch: Mapping[str, Array], *, program: Program
+) -> dict[str, Array]:
     """The whole sampler and the decoder, for one device's part of a batch.
 
     Args:
-      shared: ``params``, ``null`` (the null conditions, one row), ``scale_factor``, ``key``, ``guidance_scale``,
-        ``eta``.
-      batch: ``index`` (b,), the numbers of the pictures, and the conditions of `training.diffusion.condition` and
-        `condition_map`. ``layout`` may be (b, p, l): one layout for each patch of the tiles.
+      shared: ``params``, ``scale_factor``, ``key``, ``eta``, ``temperature``, and as far as the program asks for them
+        ``null`` (the null conditions, one row), ``rescale``, ``interval``, ``weak`` (parameters), ``correction`` (the
+        function's last argument), ``upsample_scale``.
+      z_T: (b, h, w, c), of `start` or the user's.
+      batch: ``index`` (b,), the numbers of the pictures; ``guidance_scale`` (b,); the conditions of
+        `training.diffusion.condition` and `condition_map`, where ``layout`` may be (b, p, l): one layout for each patch
+        of
+        the tiles; ``negative_tokens`` instead of the null ones; ``image``, ``mask``; ``small`` pictures to upsample.
       program: static.
 
     Returns:
-      Scaled latents (b, h, w, c) and images (b, H, W, C) as the decoder gives them, about [-1, 1].
+      images (b, H, W, C) uint8, scaled latents (b, h, w, c), finite (b,), and frames (b, frames, H, W, C) uint8.
     """
-    params, index = shared["params"], batch["index"]
-    unet = functools.partial(predict, program.models, params, tile=program.tile)
-    spatial = _condition_map(params, batch, program)
-    inputs = _tau(params, batch, program) | spatial
-    if program.guided:
-        null = _tau(params, shared["null"], program) | spatial
-        denoise_fn = guidance.classifier_free(unet, inputs, null, shared["guidance_scale"])
-    else:
-        denoise_fn = functools.partial(unet, inputs=inputs)
-    z_0 = samplers.sample(
-        denoise_fn, program.schedule, shared["key"], (index.shape[0], *program.latent_shape), method=program.sampler,
-        steps=program.steps, spacing=program.spacing, clip_x0=program.clip_x0, eta=shared["eta"],
-        parameterization=program.parameterization, indices=index)
-    decoder = functools.partial(_decode, params, scale_factor=shared["scale_factor"], models=program.models)
-    return z_0, decoder(z_0) if program.tile is None else tiles.tiled(decoder, z_0, *program.tile[:2])
+    TRACES["draw"] += 1
+    params, known = shared["params"], None
+    if program.masked:
+        known = samplers.Known(_encoded(shared, batch["image"], program), _kept(batch["mask"], program))
+    z_0, frames = samplers.trajectory(
+        _denoise_fn(shared, batch, program), program.schedule, shared["key"], z_T.shape, method=program.sampler,
+        steps=program.steps, spacing=program.spacing, clip_x0=program.clip_x0, threshold=program.threshold,
+        x0_fn=functools.partial(_quantized, shared, program) if program.quantize_x0 else None, eta=shared["eta"],
+        temperature=shared["temperature"], parameterization=program.parameterization, indices=batch["index"], z_T=z_T,
+        first=program.first, known=known, frames=program.frames, on_call=_report if program.report else None)
+
+    decode = functools.partial(_decoded, params, shared["scale_factor"], program)
+    x = decode(z_0)
+    pictures = to_uint8(x)
+    if "mask" in batch:  # what is known stays as it is, to the last bit
+        cut = functools.partial(_middle, program)
+        pictures = jnp.where(cut(batch["mask"]) > 0.5, pictures, to_uint8(cut(batch["image"])))
+    found = {"images": pictures, "latents": _middle(program, z_0),
+             "finite": jnp.isfinite(z_0).all((1, 2, 3)) & jnp.isfinite(x).all((1, 2, 3))}
+    if program.frames:
+        found["frames"] = jnp.moveaxis(jax.lax.map(lambda z: to_uint8(decode(z)), frames), 0, 1)
+    return found
 
 
 @functools.lru_cache(maxsize=16)
-def compiled(program: Program) -> Any:
-    """`draw`, on all local devices."""
-    return parallel.pmap_local(draw, program=program)
+def compiled(program: Program) -> tuple[Callable, Callable]:
+    """`start` and `draw`, on all local devices."""
+    of_start = dataclasses.replace(  # what it does not depend on
+        program, models=program.models if program.first else None, schedule=None, guidance="none", weak=None,
+        correction=None, parameterization="", sampler="", steps=0, conditioning=None, report=False)
+    whole = program.size == tuple(side * program.models.first_stage.factor for side in program.latent_shape[:2])
+    return _compiled_start(of_start), parallel.pmap_draw(draw, donate=whole, program=program)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_start(program: Program) -> Callable:
+    return parallel.pmap_local(start, program=program)
+
+
+def to_uint8(x: Array) -> Array:
+    """`images.to_uint8` on the device."""
+    return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+_LISTENERS: list[Callable[[int], None]] = []
+
+
+@contextlib.contextmanager
+def listening(listener: Callable[[int], None]) -> Iterator[None]:
+    """Within it, programs with `report` call ``listener(number)`` after each call of the network, 1, 2, .., on every
+    device."""
+    _LISTENERS.append(listener)
+    try:
+        yield
+    finally:
+        _LISTENERS.remove(listener)
+
+
+def _report(number: Any) -> None:
+    for listener in _LISTENERS:
+        listener(int(number))
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _denoise_fn(shared: Mapping[str, Any], batch: Mapping[str, Array], program: Program) -> samplers.DenoiseFn:
+    params = shared["params"]
+    unet = functools.partial(predict, program.models, params, tile=program.tile)
+    spatial = _condition_map(params, batch, program)
+    inputs = _tau(program.models, params, batch, program) | spatial
+    denoise_fn = functools.partial(unet, inputs=inputs)
+    options = {"rescale": shared["rescale"], "schedule": program.schedule} if program.guidance != "none" else {}
+    if program.interval:
+        options["interval"] = shared["interval"]
+    if program.guidance == "classifier_free":
+        null = dict(shared["null"]) | ({"tokens": batch["negative_tokens"]} if "negative_tokens" in batch else {})
+        null_inputs = _tau(program.models, params, null, program) | spatial
+        denoise_fn = guidance.classifier_free(
+            unet, inputs, null_inputs, batch["guidance_scale"], two_passes=program.two_passes, **options)
+    elif program.guidance == "weak":
+        weak = shared["weak"]
+        own = _tau(program.weak, weak, batch, program) | _condition_map(weak, batch, program, program.weak)
+        weak_fn = functools.partial(predict, program.weak, weak, inputs=own, tile=program.tile)
+        denoise_fn = guidance.autoguidance(denoise_fn, weak_fn, batch["guidance_scale"], **options)
+    if program.upsample:
+        def distance(z: Array) -> Array:  # paper, appendix C: |y - T(D(x0))|^2 / 2 with bicubic T
+            x, small = _decoded(params, shared["scale_factor"], program, z), batch["small"]
+            return jnp.sum((small - jax.image.resize(x, small.shape, "cubic")) ** 2, (1, 2, 3)) / 2
+
+        denoise_fn = guidance.toward(
+            denoise_fn, distance, shared["upsample_scale"], program.schedule, program.parameterization)
+    if program.correction is not None:
+        denoise_fn = guidance.corrected(
+            denoise_fn, lambda eps, z_t, t: program.correction(eps, z_t, t, shared["correction"]), program.schedule,
+            program.parameterization)
+    return denoise_fn
+
+
+def _encoded(shared: Mapping[str, Any], image: Array, program: Program) -> Array:
+    """Scaled latents of pictures, in pieces where the program has tiles."""
+    def encode(x: Array) -> Array:
+        return stage2.posterior(program.models, shared["params"]["first_stage"], x)[0]
+
+    tile = program.tile or program.decode_tile
+    return shared["scale_factor"] * (encode(image) if tile is None else tiles.tiled(
+        encode, image, tile.side * tile.factor, tile.overlap * tile.factor))
+
+
+def _kept(mask: Array, program: Program) -> Array:
+    """(b, h, w, 1), 1 where no pixel of a latent's block is to be painted."""
+    b, height, width, _ = mask.shape
+    h, w = program.latent_shape[:2]
+    blocks = mask.reshape(b, h, height // h, w, width // w, 1)
+    return 1.0 - (blocks > 0.5).any((2, 4)).astype(jnp.float32)
+
+
+def _quantized(shared: Mapping[str, Any], program: Program, z: Array) -> Array:
+    scale, params = shared["scale_factor"], shared["params"]["first_stage"]
+    return scale * program.models.first_stage.apply({"params": params}, z / scale, method="quantize")[0]
+
+
+def _decoded(params: Any, scale_factor: Array, program: Program, z: Array) -> Array:
+    """Pictures, cut to the program's size."""
+    decoder = functools.partial(_decode, params, scale_factor=scale_factor, models=program.models)
+    tile = program.tile or program.decode_tile
+    return _middle(program, decoder(z) if tile is None else tiles.tiled(decoder, z, *tile[:2]))
+
+
+def _middle(program: Program, x: Array) -> Array:
+    """The middle of latents (b, h, w, c), or pictures of their size, that belongs to the program's `size`."""
+    (h, w), factor = program.latent_shape[:2], program.models.first_stage.factor
+    per = x.shape[1] // h  # pixels for each latent: 1 or `factor`
+    tall, wide = (side // factor for side in program.size)
+    top, left = ((whole - part) // 2 * per for whole, part in ((h, tall), (w, wide)))
+    return x[:, top : top + tall * per, left : left + wide * per]
 
 
 def predict(
@@ -101,9 +269,9 @@ def predict(
     return tiles.tiled(predict_patch, joined, *tile[:2], each=each)
 
 
-def _tau(params: Any, conditions: Mapping[str, Array], program: Program) -> dict[str, Array]:
+def _tau(networks: models.Models, params: Any, conditions: Mapping[str, Array], program: Program) -> dict[str, Array]:
     """`training.diffusion.condition`; of layouts (b, p, l), a context (b, p, t, d)."""
-    tau = functools.partial(stage2.condition, program.models, params, options=program.conditioning)
+    tau = functools.partial(stage2.condition, networks, params, options=program.conditioning)
     if program.conditioning.crossattn != "layout" or conditions["layout"].ndim == 2:
         return tau(conditions)
     layout = conditions["layout"]
@@ -111,15 +279,17 @@ def _tau(params: Any, conditions: Mapping[str, Array], program: Program) -> dict
     return inputs | {"context": inputs["context"].reshape(*layout.shape[:2], *inputs["context"].shape[1:])}
 
 
-def _condition_map(params: Any, batch: Mapping[str, Array], program: Program) -> dict[str, Array]:
+def _condition_map(
+    params: Any, batch: Mapping[str, Array], program: Program, networks: models.Models | None = None
+) -> dict[str, Array]:
     """`training.diffusion.condition_map`, in pieces where there are tiles and the first stage encodes."""
-    options, tile = program.conditioning, program.tile
+    options, tile, networks = program.conditioning, program.tile, networks or program.models
     if tile is None or options.concat != "inpainting":
-        return stage2.condition_map(program.models, params, params["first_stage"], batch, options)
+        return stage2.condition_map(networks, params, params["first_stage"], batch, options)
 
     def encode(joined: Array) -> Array:
         pieces = {"image": joined[..., :-1], "mask": joined[..., -1:]}
-        return stage2.condition_map(program.models, params, params["first_stage"], pieces, options)["concat"]
+        return stage2.condition_map(networks, params, params["first_stage"], pieces, options)["concat"]
 
     joined = jnp.concatenate([batch["image"], batch["mask"]], axis=-1)
     return {"concat": tiles.tiled(encode, joined, tile.side * tile.factor, tile.overlap * tile.factor)}

@@ -1,122 +1,18 @@
-"""What is asked of a model when it is sampled, checked against its config before anything is loaded or compiled."""
+"""What a model is asked to draw, its conditions, checked against its config before anything is loaded or compiled."""
 
-import dataclasses
 import json
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from latent_diffusion import conditions as conditions_lib
-from latent_diffusion import images, layouts, sizes
-from latent_diffusion.diffusion import samplers, tiles
-from latent_diffusion.diffusion import schedule as schedule_lib
-from latent_diffusion.errors import UserError, choose
+from latent_diffusion import images, layouts
+from latent_diffusion.errors import UserError
 
 Labels = int | str | Sequence[int | str] | np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How pictures are drawn; see `pipeline.LatentDiffusion.sample`. Not `guided`: without the unconditional pass."""
-
-    sampler: str
-    steps: int
-    guidance_scale: float
-    guided: bool
-    eta: float
-    seed: int
-    size: tuple[int, int]  # height, width in pixels
-    spacing: str = "clean"  # of the timesteps, and clip_x0: see `diffusion.samplers.sample`
-    clip_x0: bool = False
-    tile: int = 0  # side of the patches that big pictures are computed in, in pixels; 0 = as a whole
-    overlap: int = 0  # of neighboring patches
-
-
-def resolve_settings(
-    config: Any,
-    *,
-    sampler: str | None = None,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    eta: float | None = None,
-    seed: int = 0,
-    size: tuple[int, int] | None = None,
-    tile: int | None = None,
-    overlap: int | None = None,
-) -> Settings:
-    """Fills in what is not given from ``config.sampling`` and checks it, before anything is compiled.
-
-    Raises:
-      UserError: an unknown sampler, impossible numbers, a size or tile that the networks do not divide (with the
-        nearest one that they do), or guidance by a model that was never trained without its condition.
-    """
-    options = config.sampling
-    guided, fields = guidance_scale is not None or options.guidance_scale != 1.0, condition_fields(config)
-    sampler = options.sampler if sampler is None else sampler
-    steps = options.steps if steps is None else steps
-    scale = float(options.guidance_scale if guidance_scale is None else guidance_scale)
-    eta = float(options.eta if eta is None else eta)
-    choose(samplers.METHODS, sampler, "sampler")
-    total = config.diffusion.timesteps
-    if not 1 <= steps <= total:
-        raise UserError(f"steps={steps} must lie between 1 and {total}, the number of steps the model was trained with")
-    if not math.isfinite(scale):
-        raise UserError(f"guidance_scale={scale} must be a finite number")
-    if not (math.isfinite(eta) and eta >= 0):
-        raise UserError(f"eta={eta} must be a finite number, 0 or above")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed} must lie between 0 and {2**32 - 1}")
-    if scale != 1 and not fields:
-        raise UserError(f"guidance_scale={scale:g}, but this model has no condition that could be left out, so there "
-                        "is nothing to guide; use 1")
-    if scale != 1 and not all(_null_is_trained(config, name) for name in fields):
-        raise UserError(f"guidance_scale={scale:g}, but this model was trained without conditioning dropout and "
-                        "cannot be guided; use guidance_scale 1")
-    samplers.timesteps(sampler, schedule_lib.from_config(config.diffusion), steps, options.spacing)
-    tile, overlap = _check_tile(config, tile, overlap)
-    return Settings(sampler, int(steps), scale, guided and bool(fields), eta, int(seed), _check_size(config, size),
-                    options.spacing, bool(options.clip_x0), tile, overlap)
-
-
-def _check_size(config: Any, size: tuple[int, int] | None, name: str = "size", per: int = 1) -> tuple[int, int]:
-    """`size`, or the default one, if the networks divide it; `per` pixels are one of what the message speaks of."""
-    size = size or (config.data.image_size,) * 2
-    factor, down = sizes.factor(config.first_stage.model), sizes.unet_factor(config)
-    multiple = factor * down
-    if any(side <= 0 or side % multiple for side in size):
-        nearest = ",".join(str(max(1, round(side / multiple)) * multiple // per) for side in size)
-        of_both = f" ({factor} of the first stage x {down} of the UNet)" if per == 1 else " (of the UNet)"
-        raise UserError(f"{name}={','.join(str(side // per) for side in size)}: height and width must be multiples of "
-                        f"{multiple // per}{of_both}; the nearest size is {nearest}")
-    return int(size[0]), int(size[1])
-
-
-def _check_tile(config: Any, tile: int | None, overlap: int | None) -> tuple[int, int]:
-    if not tile:
-        if overlap:
-            raise UserError(f"overlap={overlap} is that of tiles; give tile as well")
-        return 0, 0
-    _check_size(config, (tile, tile), "tile")
-    factor = sizes.factor(config.first_stage.model)
-    overlap = tile // 4 // factor * factor if overlap is None else overlap
-    if overlap % factor or not 0 <= overlap < tile:
-        raise UserError(f"overlap={overlap} must be a multiple of {factor} from 0 to {tile - factor}, less than tile")
-    return int(tile), int(overlap)
-
-
-def patches(config: Any, asked: Settings) -> list[tuple[float, ...]]:
-    """Where the patches of the UNet lie: (left, top, width, height) relative to the picture; [] if it is not tiled."""
-    if not asked.tile:
-        return []
-    factor = sizes.factor(config.first_stage.model)
-    height, width = asked.size
-    places = factor * tiles.corners(*(n // factor for n in (height, width, asked.tile, asked.overlap)))
-    tall, wide = min(asked.tile, height), min(asked.tile, width)
-    return [(left / width, top / height, wide / width, tall / height) for top, left in places.tolist()]
 
 
 def condition_fields(config: Any) -> tuple[str, ...]:
@@ -154,7 +50,8 @@ def map_fields(config: Any) -> tuple[str, ...]:
     return conditions_lib.MAPS[config.conditioning.concat]
 
 
-def _null_is_trained(config: Any, name: str) -> bool:
+def null_is_trained(config: Any, name: str) -> bool:
+    """Whether one of `condition_fields` was dropped in training, so that the model can do without it."""
     options = config.conditioning
     own = {"tokens": options.text_dropout, "label": options.label_dropout}
     if name == "label" and not options.null_class:
@@ -188,7 +85,7 @@ def resolve_conditions(
         if not labels:
             raise UserError("no label given; leave labels out or name at least one")
     for name, given in (("tokens", prompts), ("label", labels)):
-        if name in fields and given is None and not _null_is_trained(config, name):
+        if name in fields and given is None and not null_is_trained(config, name):
             kind = "prompts" if name == "tokens" else "labels"
             raise UserError(f"this model cannot do without {kind}: it was trained without conditioning dropout")
     if prompts and labels:
@@ -224,7 +121,7 @@ def resolve_layouts(
     wanted = "layout" in condition_fields(config)
     if given is not None and not wanted:
         raise UserError(f"this model takes no layouts; {takes(config)}")
-    if given is None and wanted and not _null_is_trained(config, "layout"):
+    if given is None and wanted and not null_is_trained(config, "layout"):
         raise UserError("this model cannot do without a layout: it was trained without conditioning dropout")
     if given is None:
         return None
@@ -251,7 +148,7 @@ def resolve_vectors(config: Any, given: np.ndarray | None) -> np.ndarray | None:
     """
     wanted, width = "vectors" in condition_fields(config), config.conditioning.width
     if given is None:
-        if wanted and not _null_is_trained(config, "vectors"):
+        if wanted and not null_is_trained(config, "vectors"):
             raise UserError("this model cannot do without vectors: it was trained without conditioning dropout")
         return None
     if not wanted:
@@ -298,13 +195,20 @@ def resolve_maps(config: Any, **given: np.ndarray | None) -> dict[str, np.ndarra
             if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[-1] != config.data.channels:
                 raise UserError(f"{name} must be a picture of 8 bits with {config.data.channels} channels")
             arrays[name] = x.reshape(-1, *x.shape[-3:]).astype(np.float32) / 127.5 - 1
-    if "mask" in arrays and arrays["mask"].shape[1:3] != arrays["image"].shape[1:3]:
-        sizes = (f"{array.shape[1]}x{array.shape[2]}" for array in (arrays["mask"], arrays["image"]))
-        raise UserError("the mask has {} pixels, the picture {}; make them equal".format(*sizes))
-    if "mask" in arrays and len(arrays["mask"]) not in (1, len(arrays["image"])):
-        raise UserError(f"{len(arrays['image'])} pictures and {len(arrays['mask'])} masks: give one mask, or one "
-                        "for each")
+    if "mask" in arrays:
+        check_mask(arrays["mask"], arrays["image"])
     return arrays
+
+
+def check_mask(masks: np.ndarray, pictures: np.ndarray) -> None:
+    """Raises UserError unless masks (n, h, w, 1) and pictures (n, h, w, c) have the same size, and there is one mask or
+    one
+    for each picture."""
+    if masks.shape[1:3] != pictures.shape[1:3]:
+        mask, picture = (f"{array.shape[1]}x{array.shape[2]}" for array in (masks, pictures))
+        raise UserError(f"the mask has {mask} pixels, the picture {picture}; make them equal")
+    if len(masks) not in (1, len(pictures)):
+        raise UserError(f"{len(pictures)} pictures and {len(masks)} masks: give one mask, or one for each")
 
 
 def check_classes(classes: np.ndarray, config: Any, where: str = "the semantic map") -> np.ndarray:
@@ -315,23 +219,6 @@ def check_classes(classes: np.ndarray, config: Any, where: str = "the semantic m
                         f"{' ...' if len(unknown) > 5 else ''}, but this model has 0 to {number - 1} "
                         "(map_classes.txt of its workdir)")
     return classes
-
-
-def size_of_maps(
-    config: Any, maps: Mapping[str, np.ndarray], size: tuple[int, int] | None = None
-) -> tuple[int, int] | None:
-    """Height and width of the pictures that the arrays of `resolve_maps` ask for; without any, `size`.
-
-    Raises UserError where `size` is something else.
-    """
-    for name, x in maps.items():
-        factor = config.conditioning.low_res.factor if name == "low_res" else 1
-        found = x.shape[1] * factor, x.shape[2] * factor
-        if size is not None and tuple(size) != found:
-            raise UserError(f"size={size[0]},{size[1]}, but {name} makes a picture of {found[0]},{found[1]}; leave "
-                            "size out")
-        return _check_size(config, found, f"size (of {name})", factor)
-    return size
 
 
 # --- reading a workdir -----------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from latent_diffusion import config as config_lib
-from latent_diffusion import defaults, models, parallel, pipeline, programs, request
+from latent_diffusion import defaults, drawing, models, parallel, pipeline, programs, request
+from latent_diffusion import settings as settings_lib
 from latent_diffusion.diffusion import samplers
 from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.errors import UserError
@@ -88,14 +89,14 @@ def test_scale_one_is_the_same_with_and_without_the_unconditional_pass(both):
     with config.unlocked():
         config.sampling.guidance_scale = 1.0
     unguided = dataclasses.replace(both, config=config)
-    assert not request.resolve_settings(config).guided and request.resolve_settings(config, guidance_scale=1.0).guided
+    assert not settings_lib.resolve(config).guided and settings_lib.resolve(config, guidance_scale=1.0).guided
     ours = unguided.sample(["red apple"], num_samples=2)
     theirs = both.sample(["red apple"], num_samples=2, guidance_scale=1.0)
     np.testing.assert_allclose(ours.latents, theirs.latents, atol=1e-5)
 
 
 def test_unconditional_batches_are_never_doubled(both):
-    assert not request.resolve_settings(tiny_models.config("none"), guidance_scale=1.0).guided
+    assert not settings_lib.resolve(tiny_models.config("none"), guidance_scale=1.0).guided
     no_condition = both.sample(num_samples=2, guidance_scale=5.0)
     np.testing.assert_array_equal(no_condition.latents, both.sample(num_samples=2).latents)
 
@@ -157,8 +158,8 @@ np.savez({str(tmp_path / "there.npz")!r}, images=samples.images, latents=samples
 @pytest.fixture
 def traces(monkeypatch):
     programs.compiled.cache_clear()
-    calls, original = [], samplers.sample
-    monkeypatch.setattr(samplers, "sample", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    calls, original = [], samplers.trajectory
+    monkeypatch.setattr(samplers, "trajectory", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
     return calls
 
 
@@ -182,11 +183,14 @@ def test_guidance_scale_does_not_recompile(traces):
 
 
 def test_weights_are_arguments_of_the_program(both):
-    program = both._program(request.resolve_settings(both.config))
+    program = drawing.program(both, settings_lib.resolve(both.config), drawing.Job())
+    numbers = ("scale_factor", "eta", "temperature", "rescale")
     shared = {"params": both.params, "null": both.conditions(None, None, 1), "key": jax.random.key(0),
-              "scale_factor": np.float32(1), "guidance_scale": np.float32(2), "eta": np.float32(0)}
-    batch = {"index": np.arange(2, dtype=np.int32), **both.conditions(["red apple"], [1], 2)}
-    closed = jax.make_jaxpr(lambda s, b: programs.draw(s, b, program=program))(shared, batch)
+              **{name: np.float32(1) for name in numbers}}
+    batch = {"index": np.arange(2, dtype=np.int32), "guidance_scale": np.full(2, 2.0, np.float32),
+             **both.conditions(["red apple"], [1], 2)}
+    z_T = np.zeros((2, *program.latent_shape), np.float32)
+    closed = jax.make_jaxpr(lambda s, z, b: programs.draw(s, z, b, program=program))(shared, z_T, batch)
     assert sum(np.size(constant) for constant in closed.consts) < 1000
 
 
@@ -230,7 +234,7 @@ def test_impossible_conditions(kind, prompts, labels, options, message):
 
 
 @pytest.mark.parametrize("kind, options, settings, message", [
-    ("none", {}, {"sampler": "euler"}, "sampler: unknown value 'euler'; choose from ddpm, ddim"),
+    ("none", {}, {"sampler": "magic"}, "sampler: unknown value 'magic'; choose from ddim, ddpm"),
     ("none", {}, {"steps": 0}, "steps=0 must lie between 1 and 20"),
     ("none", {}, {"steps": 21}, "steps=21 must lie between 1 and 20"),
     ("none", {}, {"eta": -1.0}, "eta=-1.0"),
@@ -238,12 +242,12 @@ def test_impossible_conditions(kind, prompts, labels, options, message):
     ("class", {}, {"guidance_scale": float("inf")}, "guidance_scale=inf"),
     ("class", {"dropout": 0.0}, {"guidance_scale": 2.0}, "without conditioning dropout"),
     ("none", {}, {"seed": -1}, "seed=-1"),
-    ("none", {}, {"size": (17, 30)}, r"size=17,30: .* multiples of 4 .* the nearest size is 16,32"),
-    ("none", {}, {"size": (0, 16)}, "the nearest size is 4,16"),
+    ("none", {}, {"size": (17, 30)}, r"size=17,30: .* multiples of 2 .* the nearest size is 16,30"),
+    ("none", {}, {"size": (0, 16)}, "the nearest size is 2,16"),
 ])
 def test_impossible_settings(kind, options, settings, message):
     with pytest.raises(UserError, match=message):
-        request.resolve_settings(tiny_models.config(kind, **options), **settings)
+        settings_lib.resolve(tiny_models.config(kind, **options), **settings)
 
 
 @pytest.mark.parametrize("numbers", [{"num_samples": 0}, {"batch_size": 0}])

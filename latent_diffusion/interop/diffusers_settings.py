@@ -228,8 +228,12 @@ def scheduler_config(config: ConfigDict) -> dict[str, Any]:
     theirs = {ours: name for name, ours in _BETA_SCHEDULES.items()}
     if diffusion.beta_schedule not in theirs:
         raise UserError(f"diffusion.beta_schedule={diffusion.beta_schedule!r} is unknown to diffusers")
-    spacing, offset, to_one = {"clean": ("trailing", 0, True), "reference": ("leading", 1, False),
-                               "leading": ("leading", 0, True), "leading_1": ("leading", 1, True)}[sampling.spacing]
+    known = {"clean": ("trailing", 0, True), "trailing": ("trailing", 0, True), "reference": ("leading", 1, False),
+             "leading": ("leading", 0, True), "leading_1": ("leading", 1, True)}
+    if sampling.spacing not in known:
+        raise UserError(f"sampling.spacing={sampling.spacing!r} is unknown to diffusers' DDIM; set it to one of "
+                        f"{', '.join(known)}")
+    spacing, offset, to_one = known[sampling.spacing]
     if diffusion.beta_schedule == "cosine" and diffusion.cosine_s != 8e-3:
         raise UserError(f"diffusion.cosine_s={diffusion.cosine_s} is unknown to diffusers, which has 0.008")
     return dict(

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from latent_diffusion import conditions, images, layouts, models, parallel, pipeline, request, sizes, weights
+from latent_diffusion import conditions, images, layouts, models, parallel, pipeline, request, settings, sizes, weights
 from latent_diffusion.data import loader
 from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.errors import UserError
@@ -207,7 +207,7 @@ def diffusion(config: Any, workdir: epath.Path, splits: Splits, vocabulary: cond
     opened = splits["train"]
     names = dict(label_names=opened.label_names, object_names=opened.object_names)
     asked = previews.conditions_to_draw(config, splits["train"])
-    request.resolve_settings(config, seed=config.seed)
+    settings.resolve(config, seed=config.seed)
     request.resolve_conditions(config, asked.get("prompts"), asked.get("labels"), opened.label_names)
 
     @jax.jit

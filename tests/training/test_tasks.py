@@ -10,6 +10,7 @@ import pytest
 import tiny_models
 
 from latent_diffusion import conditions, layouts, models, parallel, programs, request
+from latent_diffusion import settings as settings_lib
 from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.errors import UserError
 from latent_diffusion.training import diffusion as stage2
@@ -140,7 +141,7 @@ def test_each_patch_of_a_tiled_layout_sees_its_own_crop():
     model = tiny_models.model("layout")
     objects = layouts.Objects(np.array([1, 2]), np.array([[0.1, 0.1, 0.3, 0.3], [0.6, 0.5, 0.3, 0.4]]))
     asked = dict(size=(16, 32), tile=16, overlap=0)
-    crops = request.patches(model.config, request.resolve_settings(model.config, **asked))
+    crops = settings_lib.patches(model.config, settings_lib.resolve(model.config, **asked))
     assert crops == [(0, 0, 0.5, 1), (0.5, 0, 0.5, 1)]
     tokens = model.conditions(None, None, 1, [objects], crops)["layout"]
     for i, row in enumerate(tokens[0]):
