@@ -23,7 +23,7 @@ DenoiseFn = Callable[[Float[Array, "b ..."], Num[Array, "b"]], Float[Array, "b .
 Scalar = Num[ArrayLike, ""]
 Row = dict[str, Array]  # one call's numbers, scalars
 METHODS = solvers.METHODS
-MASK_NOISE = 2**31  # added to the counter of the noise on what a mask keeps
+MASK_NOISE = 2**30  # added to the counter of the noise on what a mask keeps
 
 
 class Known(NamedTuple):

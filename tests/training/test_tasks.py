@@ -208,7 +208,6 @@ def test_concat_of_inpainting_is_the_mode_of_the_masked_picture_and_the_small_ma
     ("inpainting", {"image": np.zeros((16, 16, 3), np.uint8)}, "mask is missing"),
     ("inpainting", {"image": np.zeros((16, 16, 3), np.uint8), "mask": np.zeros((8, 8))}, "8x8 pixels, the picture 16x"),
     ("low_res", {"low_res": np.zeros((8, 8, 1), np.uint8)}, "3 channels"),
-    ("low_res", {"low_res": np.zeros((7, 8, 3), np.uint8)}, "the nearest size is"),
     ("low_res", {"low_res": np.zeros((8, 8, 3), np.uint8), "size": (32, 32)}, "leave size out"),
     ("segmentation", {"segmentation": np.full((16, 16), 7)}, "class numbers 7, but this model has 0 to 4"),
     ("class", {"layouts": []}, "takes no layouts"),
