@@ -31,6 +31,7 @@ def autoencoder_config(kind: str = "kl", **loss):
     config = get_config(f"autoencoder_{kind}", "smoke")
     with config.unlocked():
         config.data.image_size = SIZE
+        config.model.num_res_blocks = 0  # one in each level of the decoder all the same
         config.optimizer.update(dict(name="sgd", learning_rate=1e-4, scale_lr=False))
         config.training.loss.update({"disc_start": 0, **loss})
     return config
@@ -43,7 +44,7 @@ def diffusion_config(**sections):
         config.data.image_size = SIZE
         config.first_stage.model.update(autoencoder_config().model)
         config.model.update(dict(image_size=SIZE // 2, in_channels=3, out_channels=3, channel_mult=(1,),
-                                 attention_resolutions=(1,)))
+                                 num_res_blocks=0, attention_resolutions=(1,)))
         config.conditioning.update(dict(label=True, num_classes=5))
         config.conditioning.text.vocab_size = 50
         config.optimizer.update(dict(name="sgd", learning_rate=0.1, scale_lr=False, warmup_steps=0))
