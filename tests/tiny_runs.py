@@ -126,13 +126,18 @@ def advance(state, step, batch, frozen, steps: int):
     return state, metrics
 
 
-def run_both_stages(steps: int = 2) -> dict[str, np.ndarray]:
-    """Every parameter and loss after a few steps of both stages, by name."""
-    first = advance(*autoencoder_run(autoencoder_config()), image_batch(), {}, steps)
-    actnorm = advance(*autoencoder_run(autoencoder_config(disc_norm="actnorm")), image_batch(), {}, steps)
-    second = advance(*diffusion_run(diffusion_config()), latent_batch(), {"null": NULL}, steps)
+def run_both_stages(steps: int = 2) -> dict[str, tuple]:
+    """State and metrics after a few steps of both stages, by name."""
+    return {
+        "kl": advance(*autoencoder_run(autoencoder_config()), image_batch(), {}, steps),
+        "actnorm": advance(*autoencoder_run(autoencoder_config(disc_norm="actnorm")), image_batch(), {}, steps),
+        "ldm": advance(*diffusion_run(diffusion_config()), latent_batch(), {"null": NULL}, steps)}
+
+
+def arrays(runs: dict[str, tuple]) -> dict[str, np.ndarray]:
+    """Every parameter and loss of `run_both_stages`, by name."""
     found = {}
-    for name, (state, metrics) in {"kl": first, "actnorm": actnorm, "ldm": second}.items():
+    for name, (state, metrics) in runs.items():
         for path, leaf in jax.tree.leaves_with_path(parallel.to_host(state)):
             found[name + jax.tree_util.keystr(path)] = leaf
         found |= {f"{name}.metrics.{key}": np.array([m[key] for m in metrics]) for key in metrics[0]}
@@ -140,4 +145,4 @@ def run_both_stages(steps: int = 2) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    np.savez(sys.argv[1], devices=jax.device_count(), **run_both_stages())
+    np.savez(sys.argv[1], devices=jax.device_count(), **arrays(run_both_stages()))
