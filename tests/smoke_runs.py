@@ -12,12 +12,13 @@ from latent_diffusion.training import loop
 
 STEPS = 4
 DATA = dict(image_size=16, flip=True, crop="random", min_crop_scale=0.5)  # so that a resumed run must augment alike
+UNET = dict(channel_mult=(1,), num_res_blocks=0)  # one block up, where the skip connection is, and two in the middle
 
 
 def autoencoder_config(**sections):
     """Stage 1 whose discriminator takes part from step 2 on, after a resume at step 2 and before."""
     return _with("autoencoder_kl", dict(
-        data=DATA, model=dict(ch=8, norm_groups=4, dropout=0.1),
+        data=DATA, model=dict(ch=8, norm_groups=4, num_res_blocks=0, dropout=0.1),
         optimizer=dict(learning_rate=1e-3, scale_lr=False), ema=dict(decay=0.9),
         training=dict(num_steps=STEPS, log_every=1, loss=dict(disc_start=1)),
         checkpoint=dict(every=2, keep=9)), sections)
@@ -27,7 +28,7 @@ def diffusion_config(workdir, **sections):
     """Stage 2, text and class, on the latents of a stage-1 workdir."""
     return _with("ldm_text", dict(
         data=DATA, first_stage=dict(workdir=str(workdir)),
-        model=dict(channel_mult=(1,), attention_resolutions=(1,), dropout=0.1),
+        model=UNET | dict(attention_resolutions=(1,), dropout=0.1),
         conditioning=dict(label=True, label_dropout=0.1), diffusion=dict(timesteps=20),
         optimizer=dict(learning_rate=1e-3, warmup_steps=2), sampling=dict(steps=2),
         training=dict(num_steps=STEPS, log_every=1), checkpoint=dict(every=2, keep=9)), sections)
@@ -37,7 +38,7 @@ def unconditional_config(workdir, **sections):
     """Stage 2 without conditions, on unaugmented images but for their mirror images."""
     return _with("ldm_unconditional", dict(
         data=dict(image_size=16, flip=True), first_stage=dict(workdir=str(workdir)),
-        model=dict(channel_mult=(1,), attention_resolutions=()), diffusion=dict(timesteps=20), sampling=dict(steps=2),
+        model=UNET | dict(attention_resolutions=()), diffusion=dict(timesteps=20), sampling=dict(steps=2),
         optimizer=dict(learning_rate=1e-3, scale_lr=False, warmup_steps=0), training=dict(num_steps=STEPS),
         checkpoint=dict(every=2, keep=9)), sections)
 
@@ -46,7 +47,7 @@ def task_config(name, workdir, **sections):
     """Two steps of stage 2 of any task, with checkpoints after both."""
     return _with(name, dict(
         data=DATA, first_stage=dict(workdir=str(workdir)),
-        model=dict(channel_mult=(1,), attention_resolutions=(1,), dropout=0.1), diffusion=dict(timesteps=20),
+        model=UNET | dict(attention_resolutions=(1,), dropout=0.1), diffusion=dict(timesteps=20),
         optimizer=dict(learning_rate=1e-3, scale_lr=False, warmup_steps=0),
         training=dict(num_steps=2, log_every=1), sampling=dict(steps=1), evaluation=dict(max_batches=1),
         checkpoint=dict(every=1, keep=9)), sections)

@@ -31,6 +31,7 @@ def autoencoder_config(kind: str = "kl", **loss):
     config = get_config(f"autoencoder_{kind}", "smoke")
     with config.unlocked():
         config.data.image_size = SIZE
+        config.model.num_res_blocks = 0  # one in each level of the decoder all the same
         config.optimizer.update(dict(name="sgd", learning_rate=1e-4, scale_lr=False))
         config.training.loss.update({"disc_start": 0, **loss})
     return config
@@ -43,7 +44,7 @@ def diffusion_config(**sections):
         config.data.image_size = SIZE
         config.first_stage.model.update(autoencoder_config().model)
         config.model.update(dict(image_size=SIZE // 2, in_channels=3, out_channels=3, channel_mult=(1,),
-                                 attention_resolutions=(1,)))
+                                 num_res_blocks=0, attention_resolutions=(1,)))
         config.conditioning.update(dict(label=True, num_classes=5))
         config.conditioning.text.vocab_size = 50
         config.optimizer.update(dict(name="sgd", learning_rate=0.1, scale_lr=False, warmup_steps=0))
@@ -125,13 +126,18 @@ def advance(state, step, batch, frozen, steps: int):
     return state, metrics
 
 
-def run_both_stages(steps: int = 2) -> dict[str, np.ndarray]:
-    """Every parameter and loss after a few steps of both stages, by name."""
-    first = advance(*autoencoder_run(autoencoder_config()), image_batch(), {}, steps)
-    actnorm = advance(*autoencoder_run(autoencoder_config(disc_norm="actnorm")), image_batch(), {}, steps)
-    second = advance(*diffusion_run(diffusion_config()), latent_batch(), {"null": NULL}, steps)
+def run_both_stages(steps: int = 2) -> dict[str, tuple]:
+    """State and metrics after a few steps of both stages, by name."""
+    return {
+        "kl": advance(*autoencoder_run(autoencoder_config()), image_batch(), {}, steps),
+        "actnorm": advance(*autoencoder_run(autoencoder_config(disc_norm="actnorm")), image_batch(), {}, steps),
+        "ldm": advance(*diffusion_run(diffusion_config()), latent_batch(), {"null": NULL}, steps)}
+
+
+def arrays(runs: dict[str, tuple]) -> dict[str, np.ndarray]:
+    """Every parameter and loss of `run_both_stages`, by name."""
     found = {}
-    for name, (state, metrics) in {"kl": first, "actnorm": actnorm, "ldm": second}.items():
+    for name, (state, metrics) in runs.items():
         for path, leaf in jax.tree.leaves_with_path(parallel.to_host(state)):
             found[name + jax.tree_util.keystr(path)] = leaf
         found |= {f"{name}.metrics.{key}": np.array([m[key] for m in metrics]) for key in metrics[0]}
@@ -139,4 +145,4 @@ def run_both_stages(steps: int = 2) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    np.savez(sys.argv[1], devices=jax.device_count(), **run_both_stages())
+    np.savez(sys.argv[1], devices=jax.device_count(), **arrays(run_both_stages()))

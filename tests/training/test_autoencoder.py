@@ -130,67 +130,69 @@ def test_generator_step_is_the_gradient_of_the_plain_loss(kind):
     assert float(optax.tree.norm(gradient)) == pytest.approx(float(metrics["grad_norm"]), rel=1e-3)
 
 
-def test_both_networks_move_and_logvar_does_not():
-    config = tiny_runs.autoencoder_config()
-    state, step = tiny_runs.autoencoder_run(config)
-    before = parallel.to_host(state)
-    after, metrics = tiny_runs.advance(state, step, tiny_runs.image_batch(), {}, 2)
-    after = parallel.to_host(after)
+def late_config(pieces=1):
+    """The discriminator takes part from the second step on, and averages are fast."""
+    config = tiny_runs.autoencoder_config(disc_start=1)
+    with config.unlocked():
+        config.ema.decay = 0.2
+        config.training.accumulate = pieces
+    return config
+
+
+@pytest.fixture(scope="module")
+def two_steps():
+    """(states before, between and after two steps, the metrics of both)."""
+    state, step = tiny_runs.autoencoder_run(late_config())
+    states, found = [parallel.to_host(state)], []
+    for _ in range(2):
+        state, [metrics] = tiny_runs.advance(state, step, tiny_runs.image_batch(), {}, 1)
+        states.append(parallel.to_host(state))
+        found.append(metrics)
+    return states, found
+
+
+def test_both_networks_move_and_logvar_does_not(two_steps):
+    (before, _, after), _ = two_steps
     # hinge: the gradient of the last bias is (fakes - reals) / 2 = 0 while no logit has left the margin
-    for tree in (before, after):
-        last = max(tree.disc_params["discriminator"], key=lambda name: int(name.split("_")[1]))
-        del tree.disc_params["discriminator"][last]["bias"]
-    still = [jax.tree_util.keystr(path) for (path, a), b in zip(
+    last = max(before.disc_params["discriminator"], key=lambda name: int(name.split("_")[1]))
+    paths = [jax.tree_util.keystr(path) for (path, a), b in zip(
         jax.tree.leaves_with_path((before.params["autoencoder"], before.disc_params, before.disc_stats)),
         jax.tree.leaves((after.params["autoencoder"], after.disc_params, after.disc_stats)), strict=True)
         if np.array_equal(a, b)]
+    still = [path for path in paths if not path.endswith(f"['{last}']['bias']")]
     # softmax does not see a bias of the keys, which adds the same to all logits of a query
     assert [name for name in still if not name.endswith("['k']['bias']")] == []
     assert after.params["logvar"] == 0.0
-    assert metrics[0]["disc_factor"] == 1.0 and metrics[0]["adaptive_weight"] > 0
 
 
-def test_average_follows_its_recursion():
+def test_average_follows_its_recursion(two_steps):
     """s <- s - (1 - d)(s - p) with d = min(decay, (1 + n) / (10 + n)) after step n, for the autoencoder alone."""
-    config = tiny_runs.autoencoder_config()
-    with config.unlocked():
-        config.ema.decay = 0.2
-    state, step = tiny_runs.autoencoder_run(config)
-    expected = parallel.to_host(state.ema_params)
+    (before, *states), _ = two_steps
+    expected = before.ema_params
     assert set(expected) == {"autoencoder"}
-    for decay in (2 / 11, 0.2):
-        state, _ = tiny_runs.advance(state, step, tiny_runs.image_batch(), {}, 1)
-        now = parallel.to_host(state.params["autoencoder"])
+    for decay, state in zip((2 / 11, 0.2), states, strict=True):
         expected = {"autoencoder": jax.tree.map(
-            lambda s, p, d=decay: s - (1 - d) * (s - p), expected["autoencoder"], now)}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-                 parallel.to_host(state.ema_params), expected)
+            lambda s, p, d=decay: s - (1 - d) * (s - p), expected["autoencoder"], state.params["autoencoder"])}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), states[-1].ema_params, expected)
 
 
-def test_before_disc_start_the_adversarial_terms_are_zero():
-    config = tiny_runs.autoencoder_config(disc_start=1)
-    state, step = tiny_runs.autoencoder_run(config)
-    before = parallel.to_host(state.disc_params)
-    state, [first] = tiny_runs.advance(state, step, tiny_runs.image_batch(), {}, 1)
+def test_before_disc_start_the_adversarial_terms_are_zero(two_steps):
+    (before, between, _), (first, second) = two_steps
     assert first["disc_factor"] == 0 and first["disc_loss"] == 0 and first["disc_grad_norm"] == 0
     assert first["adaptive_weight"] > 0  # computed all the same
-    jax.tree.map(np.testing.assert_array_equal, before, parallel.to_host(state.disc_params))
+    jax.tree.map(np.testing.assert_array_equal, before.disc_params, between.disc_params)
     np.testing.assert_allclose(first["loss"], first["nll"] + 1e-6 * first["regularization"], rtol=1e-5)
-    _, [second] = tiny_runs.advance(state, step, tiny_runs.image_batch(), {}, 1)
-    assert second["disc_factor"] == 1 and second["disc_loss"] > 0
+    assert second["disc_factor"] == 1 and second["disc_loss"] > 0 and second["adaptive_weight"] > 0
 
 
-def test_accumulation_of_two_halves_is_the_whole_batch_without_batch_norm():
-    """With ActNorm no statistic depends on the piece; the adaptive weight does, so the adversarial part is off."""
-    found = []
-    for pieces in (1, 2):
-        config = tiny_runs.autoencoder_config(disc_factor=0.0)
-        with config.unlocked():
-            config.training.accumulate = pieces
-        state, metrics = tiny_runs.advance(*tiny_runs.autoencoder_run(config), tiny_runs.image_batch(), {}, 1)
-        found.append((parallel.to_host(state.params), metrics[0]["loss"]))
-    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found[0][0], found[1][0])
+def test_accumulation_of_two_halves_is_the_whole_batch_without_the_discriminator(two_steps):
+    """The adaptive weight and the statistics of its norm depend on the piece, so this is the step before its start."""
+    (_, whole, _), (metrics, _) = two_steps
+    state, [halves] = tiny_runs.advance(
+        *tiny_runs.autoencoder_run(late_config(pieces=2)), tiny_runs.image_batch(), {}, 1)
+    np.testing.assert_allclose(metrics["loss"], halves["loss"], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), whole.params,
+                 parallel.to_host(state.params))
 
 
 def test_posterior_noise_belongs_to_the_example():
