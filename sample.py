@@ -1,14 +1,16 @@
 """Draws pictures with a trained latent diffusion model.
 
     python sample.py --workdir DIR --prompt "red apple" --prompt "flag of japan" --num_samples 8 --guidance_scale 3
-    python sample.py --workdir DIR --labels 3,7 --steps 100 --sampler ddim --eta 1
+    python sample.py --workdir DIR --labels 3,7 --samples_per_label 4 --sampler dpmpp_2m --spacing karras --steps 20
     python sample.py --workdir DIR --low_res small.png
     python sample.py --workdir DIR --image picture.png --mask mask.png --num_samples 4
-    python sample.py --workdir DIR --num_samples 50000 --batch_size 250
+    python sample.py --workdir DIR --image picture.png --strength 0.6 --prompt "green apple"
+    python sample.py --workdir DIR --num_samples 50000 --batch_size 250 --resume
+    python sample.py --from_png 000003.png --steps 100 --output again
 
 Writes one PNG for each picture (000000.png ...), with all settings in its text chunks; samples.png, a labelled grid;
 and samples.npz, in the layout of the guided-diffusion (ADM) evaluators. What is not given is taken from the config.
-The same seed gives the same pictures for any batch size and number of devices.
+The same seed gives the same pictures for any batch size and number of devices. docs/sampling.md tells more.
 """
 
 import os
@@ -19,28 +21,36 @@ if __name__ == "__main__":
 
 import argparse  # noqa: E402
 import concurrent.futures  # noqa: E402
+import contextlib  # noqa: E402
 import logging  # noqa: E402
-import math  # noqa: E402
-import re  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Callable, Sequence  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from typing import Any, NoReturn  # noqa: E402
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from etils import epath  # noqa: E402
-from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from latent_diffusion import checkpoint, images, layouts, parallel, pipeline, request  # noqa: E402
-from latent_diffusion import settings as settings_lib  # noqa: E402
-from latent_diffusion.data import transforms  # noqa: E402
-from latent_diffusion.errors import UserError, read_text  # noqa: E402
+from latent_diffusion import (  # noqa: E402
+    asked,
+    checkpoint,
+    drawing,
+    images,
+    outputs,
+    parallel,
+    pipeline,
+    programs,
+    request,
+)
+from latent_diffusion.diffusion.grids import SPACINGS  # noqa: E402
+from latent_diffusion.diffusion.samplers import METHODS  # noqa: E402
+from latent_diffusion.errors import UserError  # noqa: E402
 
-MAX_IN_GRID = 100  # pictures; all of them are in the single files
-OURS = re.compile(r"\d{6,}\.png|samples\.png|samples\.npz")  # what an earlier run may have left
-SOFTWARE = {"Software": "latent_diffusion"}  # in the metadata of our pictures
 COMPILE_CACHE = "~/.cache/latent_diffusion/jax"  # unless JAX_COMPILATION_CACHE_DIR is set; set it empty for no cache
+DEFAULTS = {"seed": 0} | {name: [] for name in ("prompt", "negative_prompt", "layout", *asked.PICTURES)}
+HOW = (*asked.SETTINGS, *asked.OTHERS, "size", "outpaint", "weak_workdir", "weak_step")  # recorded with each picture
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,187 +61,116 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags. What is not given is None until `complete` fills it in, from a picture or with its default."""
     summary, details = __doc__.split("\n", 1)
     parser = Parser("sample.py", description=summary, epilog=details, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_conditions(parser.add_argument_group("what to draw").add_argument)
+    _add_settings(parser.add_argument_group("how (default: the config's sampling section)").add_argument)
     add = parser.add_argument
-    add("--workdir", required=True, help="of a stage-2 training run, local or a bucket")
+    add("--workdir", help="of a stage-2 training run, local or a bucket")
     add("--step", type=int, help="which checkpoint (default: the latest)")
-    add("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; repeatable")
-    add("--prompts_file", metavar="FILE",
-        help="one prompt per line, or 'PROMPT | CLASS'; lines '# TITLE' start titled parts of the grid")
-    add("--labels", metavar="3,7,NAME", help="classes to draw, numbers or names; paired with prompts if both are given")
-    add("--layout", action="append", default=[], metavar="FILE",
-        help='objects, a JSON list of {"label": "dog", "box": [left, top, right, bottom]} in [0, 1]; repeatable')
-    add("--vectors", metavar="FILE", help="a .npy file (n, width) or (n, l, width), for a model conditioned on vectors")
-    add("--segmentation", action="append", default=[], metavar="FILE",
-        help="semantic map, a grey or palette image of class numbers; repeatable")
-    add("--low_res", action="append", default=[], metavar="FILE", help="picture to enlarge; repeatable")
-    add("--image", action="append", default=[], metavar="FILE", help="picture to be painted into; repeatable")
-    add("--mask", action="append", default=[], metavar="FILE",
-        help="where to paint: white; one for each --image, or one for all")
-    add("--num_samples", type=int, metavar="N",
-        help="pictures in all; conditions are repeated in turn (default: one for each condition, 16 without any)")
-    add("--steps", type=int, help="of the sampler")
-    add("--sampler", help="ddim, ddpm or plms")
-    add("--guidance_scale", type=float, help="1 = no guidance, above 1 = closer to the condition")
-    add("--eta", type=float, help="noise of ddim: 0 = none, 1 = as much as ddpm")
-    add("--seed", type=int, default=0)
-    add("--size", type=_size, metavar="H,W", help="in pixels (default: that of the training images)")
-    add("--tile", type=int, metavar="PIXELS", help="compute big pictures in overlapping patches of this side")
-    add("--overlap", type=int, metavar="PIXELS", help="of the patches (default: a quarter of --tile)")
+    add("--from_png", metavar="FILE", help="make a picture of this program again; flags beside it change what they say")
     add("--batch_size", type=int, metavar="N", help="pictures at once, over all devices (default: up to 16)")
     add("--output", metavar="DIR", help="folder for the pictures (default: WORKDIR/samples)")
     add("--overwrite", action="store_true", help="write into a folder that is not empty; earlier samples are removed")
+    add("--resume", action="store_true", help="draw what is missing of a run that was stopped")
     add("--columns", type=int, metavar="N", help="of the grid")
     add("--npz", action=argparse.BooleanOptionalAction, default=True, help="write samples.npz")
+    add("--progressive", type=int, metavar="K", help="also write progressive.png: K predictions on the way to each")
+    add("--animate", choices=("gif", "webp"), help="also write an animation of the denoising")
+    add("--interactive", action="store_true", help="then ask for the next prompt or label, again and again")
+    add("--progress", action="store_true", help="show a bar for the steps of each batch")
+    add("--verbose", action="store_true", help="tell what is loaded, compiled and how long it takes")
     add("--debug", action="store_true", help="show where an error arose")
-    return parser.parse_args(argv)
+    return complete(parser.parse_args(argv), parser)
+
+
+def _add_conditions(add: Callable) -> None:
+    add("--prompt", action="append", metavar="TEXT", help="what to draw; repeatable")
+    add("--prompts_file", metavar="FILE",
+        help="one prompt per line, or 'PROMPT | CLASS', and '# TITLE' above parts of the grid; or a .csv with "
+             f"columns {', '.join(asked.COLUMNS)}")
+    add("--negative_prompt", action="append", metavar="TEXT", help="what guidance moves away from; repeatable")
+    add("--labels", metavar="3,7,NAME", help="classes to draw, numbers or names; paired with prompts if both given")
+    add("--samples_per_label", type=int, metavar="N", help="pictures of each label or prompt, in a row")
+    add("--layout", action="append", metavar="FILE",
+        help='objects, a JSON list of {"label": "dog", "box": [left, top, right, bottom]} in [0, 1]; repeatable')
+    add("--vectors", metavar="FILE", help="a .npy file (n, width) or (n, l, width), if the model takes vectors")
+    add("--segmentation", action="append", metavar="FILE",
+        help="semantic map, a grey or palette image of class numbers; repeatable")
+    add("--low_res", action="append", metavar="FILE", help="picture to enlarge (super-resolution); repeatable")
+    add("--image", action="append", metavar="FILE", help="picture to be changed: give --mask, --strength or --outpaint")
+    add("--mask", action="append", metavar="FILE",
+        help="where to paint: white; one for each --image, or one for all; with any model")
+    add("--strength", type=float, help="of image-to-image: 0 = the picture stays, 1 = little of it does")
+    add("--outpaint", type=_numbers(int, 4), metavar="T,R,B,L", help="pixels to add to --image at each side")
+    add("--upsample", action="append", metavar="FILE", help="small picture that any model's samples are guided to")
+    add("--upsample_scale", type=float, help="of that guidance (default: 1)")
+    add("--num_samples", type=int, metavar="N",
+        help="pictures in all; conditions are repeated in turn (default: one for each condition, 16 without any)")
+    add("--size", type=_size, metavar="H,W", help="in pixels (default: that of the training images)")
+
+
+def _add_settings(add: Callable) -> None:
+    add("--seed", type=int, help="of the noise (default: 0)")
+    add("--steps", type=int, help="of the sampler")
+    add("--sampler", help=", ".join(METHODS))
+    add("--spacing", help="of the timesteps: " + ", ".join(SPACINGS))
+    add("--guidance_scale", type=_numbers(float), metavar="S",
+        help="1 = no guidance, above 1 = closer to the condition; several, with commas: one for each picture in turn")
+    add("--guidance_interval", type=_numbers(float, 2), metavar="LOW,HIGH", help="guide at these noise levels only")
+    add("--guidance_rescale", type=float, help="0 .. 1, against pictures that guidance makes too bright")
+    add("--two_passes", action="store_true", default=None, help="guidance with less memory")
+    add("--weak_workdir", metavar="DIR", help="autoguidance: move away from the model of this workdir")
+    add("--weak_step", type=int, help="autoguidance: which checkpoint (of --weak_workdir, or else of --workdir)")
+    add("--eta", type=float, help="noise of ddim: 0 = none, 1 = as much as ddpm")
+    add("--temperature", type=float, help="of the noise that steps add (default: 1)")
+    add("--threshold", type=float, help="dynamic thresholding by this quantile (0.995), for pixel models")
+    add("--quantize_x0", action="store_true", default=None, help="predicted latents become codes at each step (VQ)")
+    add("--same_noise", action="store_true", default=None, help="all pictures start from the noise of picture 0")
+    add("--variation", type=float, help="0 .. 1, how far the noise is turned toward that of --variation_seed")
+    add("--variation_seed", type=int)
+    add("--interpolate", type=int, metavar="N", help="N pictures from the noise of --seed to that of --variation_seed")
+    add("--tile", type=int, metavar="PIXELS", help="compute big pictures in overlapping patches of this side")
+    add("--overlap", type=int, metavar="PIXELS", help="of the patches (default: a quarter of --tile)")
+    add("--decode_tile", type=int, metavar="PIXELS", help="decode big pictures in patches of this side")
 
 
 def _size(text: str) -> tuple[int, int]:
-    numbers = text.replace("x", ",").split(",")
+    numbers = text.split(",")
     if len(numbers) not in (1, 2) or not all(number.strip().isdecimal() for number in numbers):
         raise argparse.ArgumentTypeError(f"{text!r} is not H,W in pixels")
     return int(numbers[0]), int(numbers[-1])
 
 
-# --- what to draw ----------------------------------------------------------------------------------------------------
+def _numbers(kind: type, count: int = 0) -> Callable[[str], list]:
+    def parse_numbers(text: str) -> list:
+        try:
+            numbers = [kind(part) for part in text.split(",")]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+        if count and len(numbers) != count:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {count} numbers with commas between them")
+        return numbers
+    return parse_numbers
 
 
-def read_prompts(args: argparse.Namespace) -> tuple[list[str], list[str], list[str]]:
-    """All prompts of the flags and the file, the title of the part that each belongs to, and the file's classes."""
-    prompts, titles, classes, title = list(args.prompt), [""] * len(args.prompt), [], ""
-    if args.prompts_file:
-        path = epath.Path(args.prompts_file)
-        if not path.is_file():
-            raise UserError(f"--prompts_file {path} {'is a folder' if path.exists() else 'does not exist'}")
-        for line in map(str.strip, read_text(path).splitlines()):
-            if line.startswith("#"):
-                title = line.lstrip("# ")
-            elif line:
-                prompt, bar, name = map(str.strip, line.partition("|"))
-                prompts.append(prompt)
-                titles.append(title)
-                classes += [name] if bar else []
-        if not titles:
-            raise UserError(f"--prompts_file {path} holds no prompts")
-        if classes and (len(classes) != len(prompts) or args.labels is not None):
-            raise UserError(f"--prompts_file {path}: give every prompt a class (PROMPT | CLASS) or none, and not "
-                            "--labels or --prompt as well")
-    return prompts, titles, classes
-
-
-def plan(args: argparse.Namespace, config: Any) -> dict[str, Any]:
-    """Everything that is going to be drawn, checked: prompts, labels, titles, number and label names."""
-    names, object_names = request.read_names(args.workdir), request.read_names(args.workdir, "objects")
-    prompts, titles, classes = read_prompts(args)
-    (maps, size), objects = read_maps(args, config), None
-    if args.layout:
-        request.resolve_layouts(config, layouts.NOTHING)  # does the model take any?
-        objects = [layouts.read(path, object_names) for path in args.layout]
-    vectors = request.resolve_vectors(config, args.vectors and read_vectors(args.vectors))
-    asked = bool(prompts or args.labels is not None or maps or objects or vectors is not None)
-    given = dict(prompts=prompts or None, labels=classes or (None if args.labels is None else [args.labels]))
-    fields = request.condition_fields(config)
-    if not asked:
-        given = dict(prompts=tuple(config.sampling.prompts) or None, labels=tuple(config.sampling.labels) or None)
-        given = {key: value for key, value in given.items() if {"prompts": "tokens", "labels": "label"}[key] in fields}
-        if fields == ("label",) and not given["labels"]:
-            given["labels"] = range(config.conditioning.num_classes)  # as evaluations do
-    prompts, labels = request.resolve_conditions(
-        config, given.get("prompts"), given.get("labels"), names)
-    conditions = max(map(len, (prompts or (), labels or (), objects or (), () if vectors is None else vectors,
-                             *maps.values())))
-    number = args.num_samples if args.num_samples is not None else conditions if asked else 16
-    if number < 1:
-        raise UserError(f"--num_samples {number} must be 1 or more")
-    if asked and number < conditions:
-        raise UserError(f"--num_samples {number} is less than the {conditions} conditions that are given")
-    for flag in ("batch_size", "columns"):
-        if (value := getattr(args, flag)) is not None and value < 1:
-            raise UserError(f"--{flag} {value} must be 1 or more")
-    titles = titles if titles and len(titles) == conditions else [""] * max(1, conditions)
-    given = maps | ({"layouts": objects} if objects else {})
-    files = {flag: getattr(args, flag) for flag in ("layout", "segmentation", "low_res", "image", "mask")
-             if getattr(args, flag)} | ({"vectors": [args.vectors]} if args.vectors else {})
-    return dict(prompts=prompts, labels=labels, titles=titles, number=number, names=names, given=given, size=size,
-                object_names=object_names, vectors=vectors, files=files)
-
-
-def read_maps(args: argparse.Namespace, config: Any) -> tuple[dict[str, np.ndarray], tuple[int, int] | None]:
-    """The pictures and maps of the flags, checked, (n, H, W, ...) as `pipeline.sample` takes them; and the size of what
-    is drawn, that of the maps or else --size."""
-    given = {}
-    for name in ("segmentation", "low_res", "image", "mask"):
-        pictures = [read_picture(path, name, config.data.channels) for path in getattr(args, name)]
-        if pictures:
-            if len({picture.shape for picture in pictures}) > 1:
-                raise UserError(f"--{name}: all pictures must have the same size; sample those of another size apart")
-            given[name] = np.stack(pictures)
-    for path, classes in zip(args.segmentation, given.get("segmentation", ()), strict=True):
-        if "segmentation" in request.map_fields(config):
-            request.check_classes(classes, config, f"--segmentation {path}")
-    for path, mask in zip(args.mask, given.get("mask", ()), strict=True):
-        if not images.is_white(mask).any():
-            logging.warning("--mask %s has no white, so nothing is painted", path)
-    return given, settings_lib.size_of_maps(config, request.resolve_maps(config, **given), args.size)
-
-
-def read_vectors(path: str) -> np.ndarray:
-    """The array of a .npy file."""
-    file = epath.Path(path)
-    if not file.is_file():
-        raise UserError(f"--vectors {path} does not exist")
+def complete(args: argparse.Namespace, parser: Parser) -> argparse.Namespace:
+    """Fills in what was not given, from the picture of --from_png or with defaults."""
     try:
-        with file.open("rb") as opened:
-            return np.lib.format.read_array(opened, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"--vectors {path} is no .npy file of numbers: {error}") from error
-
-
-def read_picture(path: str, name: str, channels: int) -> np.ndarray:
-    """A picture (H, W, channels), a mask (H, W), or a map of class numbers (H, W)."""
-    file = epath.Path(path)
-    if not file.is_file():
-        raise UserError(f"--{name} {path} {'is a folder' if file.exists() else 'does not exist'}")
-    try:
-        if name == "segmentation":
-            return transforms.decode_map(file.read_bytes())
-        background = (0, 0, 0) if name == "mask" else (255, 255, 255)  # what is transparent is not painted
-        pixels = transforms.flatten(transforms.decode(file.read_bytes()), background)
-        grey = transforms.set_channels(pixels, 1)[..., 0]
-        return grey if name == "mask" else transforms.set_channels(pixels, channels)
+        earlier = asked.read_request(args.from_png) if args.from_png else {}
     except UserError as error:
-        raise UserError(f"--{name} {path}: {error}") from error
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"--{name} {path} is no image that can be read: {transforms.why(error)}") from error
-
-
-def claim_output(args: argparse.Namespace) -> epath.Path:
-    """The output folder, which exists, can be written to and is empty unless --overwrite."""
-    output = request.absolute(args.output or epath.Path(args.workdir) / "samples")
-    try:
-        there = [path.name for path in output.iterdir()] if output.exists() else []
-        if there and not args.overwrite:
-            raise UserError(f"--output {output} is not empty (it holds {there[0]}); give another, or --overwrite")
-        output.mkdir(parents=True, exist_ok=True)
-        if not os.access(output, os.W_OK) and "://" not in str(output):
-            raise UserError(f"--output {output} cannot be written to")
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be used: {error.strerror or error}") from error
-    return output
-
-
-def is_ours(path: epath.Path) -> bool:
-    """Whether a file was written by an earlier run of this program, as its name and its metadata say."""
-    if not OURS.fullmatch(path.name) or path.suffix != ".png":
-        return path.name == "samples.npz"
-    try:
-        with path.open("rb") as file, Image.open(file) as image:
-            return getattr(image, "text", {}).get("Software") == SOFTWARE["Software"]
-    except OSError:  # no picture, so none of ours
-        return False
+        parser.exit(2, f"sample.py: error: {error}\n")
+    for name, value in (DEFAULTS | earlier).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    args.index = earlier.get("index")
+    if args.index is not None and args.num_samples is None:
+        args.num_samples = args.index + 1
+    if args.workdir is None:
+        parser.error("the following arguments are required: --workdir")
+    return args
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
@@ -239,101 +178,137 @@ def is_ours(path: epath.Path) -> bool:
 
 def run(args: argparse.Namespace) -> int:
     config = request.read_config(args.workdir)
-    override_sampling(config, args)
-    wanted = plan(args, config)
-    settings = settings_lib.resolve(
-        config, seed=args.seed, size=wanted["size"], tile=args.tile, overlap=args.overlap)
+    wanted = asked.plan(args, config)
+    if args.interactive and not {"tokens", "label"} & set(request.condition_fields(config)):
+        raise UserError(f"--interactive asks for prompts or labels, but of this model: {request.takes(config)}")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(COMPILE_CACHE))
     parallel.initialize()
-    first = parallel.is_first_process()  # every process draws all pictures with its own devices; one writes them
-    checkpoint.choose_step(args.workdir, args.step)
-    output = claim_output(args) if first else None
-    model = pipeline.LatentDiffusion.from_workdir(args.workdir, args.step)
-    override_sampling(model.config, args)
-    batches = model.sample_batches(
-        wanted["prompts"], wanted["labels"], **wanted["given"], vectors=wanted["vectors"],
-        num_samples=wanted["number"], batch_size=args.batch_size, seed=args.seed, size=args.size, tile=args.tile,
-        overlap=args.overlap)
+    step = checkpoint.choose_step(args.workdir, args.step)
+    output = outputs.folder(args.output, args.workdir)
+    if parallel.is_first_process():  # the others write into it, too
+        outputs.claim(output, overwrite=args.overwrite, resume=args.resume)
+    settings = wanted["settings"]
+    common = {name: getattr(args, name) for name in HOW} | {
+        name: getattr(settings, name) for name in ("sampler", "steps", "eta", "seed", "spacing")} | {
+        "workdir": args.workdir, "step": step, "tile": settings.tile or None, "overlap": settings.overlap or None}
+    metadata = [outputs.about(wanted, common, number) for number in range(wanted["number"])]
+    numbers = list(range(wanted["number"])) if args.index is None else [args.index]
+    if args.resume:
+        numbers = [number for number in outputs.missing(output, metadata) if number in set(numbers)]
+        print(f"{wanted['number'] - len(numbers)} of {wanted['number']} pictures are there already")
 
-    if first and args.overwrite:
-        for path in output.iterdir():
-            if is_ours(path):
-                path.unlink()
-    common = dict(
-        workdir=args.workdir, step=model.step, seed=settings.seed, sampler=settings.sampler, steps=settings.steps,
-        guidance_scale=settings.guidance_scale[0], eta=settings.eta, size=",".join(map(str, settings.size)))
-    common |= {"tile": settings.tile, "overlap": settings.overlap} if settings.tile else {}
-    kept, number = [], 0
+    logging.info("loading %s, step %s", args.workdir, step)
+    model = pipeline.LatentDiffusion.from_workdir(args.workdir, args.step)
+    options = wanted["options"] | dict(batch_size=args.batch_size, num_samples=wanted["number"], weak=weak_model(args))
+    batches = model.sample_batches(wanted["prompts"], wanted["labels"], **options, only=numbers[mine()])
+    if args.overwrite and parallel.is_first_process():
+        outputs.remove_earlier(output)
+    parallel.barrier()
+    draw(args, output, batches if numbers[mine()] else iter(()), numbers[mine()], metadata, settings)
+    parallel.barrier()
+    if parallel.is_first_process() and args.index is None:
+        outputs.save_together(output, wanted, wanted["number"], common, columns=args.columns, npz=args.npz,
+                              each=args.samples_per_label or 1)
+        print(f"together: {output / 'samples.png'}" + (f"; as an array: {output / 'samples.npz'}" if args.npz else ""))
+    if args.interactive:
+        converse(args, model, output, wanted, options, common)
+    return 0
+
+
+def mine() -> slice:
+    """Which of the pictures this process draws."""
+    return slice(jax.process_index(), None, jax.process_count())
+
+
+def weak_model(args: argparse.Namespace) -> pipeline.LatentDiffusion | None:
+    """The model that guidance moves away from, of --weak_workdir and --weak_step."""
+    if args.weak_workdir is None and args.weak_step is None:
+        return None
+    return pipeline.LatentDiffusion.from_workdir(args.weak_workdir or args.workdir, args.weak_step)
+
+
+def draw(
+    args: argparse.Namespace, output: epath.Path, batches: Iterator, numbers: Sequence[int],
+    metadata: Sequence[dict[str, Any]], settings: Any,
+) -> None:
+    """Draws and writes pictures, and says how fast."""
+    began, first_done, at_once, frames, done = time.monotonic(), None, 0, [], 0
+    bar = tqdm(total=len(numbers), desc=f"{settings.sampler}, {settings.steps} steps", unit="picture",
+               dynamic_ncols=True, disable=not parallel.is_first_process() or not numbers)
     try:
-        bar = tqdm(total=wanted["number"], desc=f"{settings.sampler}, {settings.steps} steps", unit="picture",
-                   dynamic_ncols=True, disable=not first)
-        with bar:
+        with bar, steps_bar(args, settings):
             for batch in batches:
-                for image in batch.images if first else ():
-                    metadata = SOFTWARE | describe(wanted, number) | common | {"index": number}
-                    images.save_png(output / f"{number:06d}.png", image, metadata)
-                    if args.npz or number < MAX_IN_GRID:
-                        kept.append(image)
-                    number += 1
+                for number, image in zip(numbers[done:], batch.images, strict=False):
+                    images.save_png(outputs.file_of(output, number), image, metadata[number])
+                if batch.frames is not None and len(frames) < outputs.MAX_IN_MOTION:
+                    frames += list(batch.frames)
+                done += len(batch.images)
                 bar.update(len(batch.images))
+                if first_done is None:
+                    first_done, at_once = time.monotonic(), done
+                    logging.info("first batch after %.1f s, compiling included", first_done - began)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError("the device is out of memory; lower --batch_size or --size") from error
-    if first:
-        save_together(args, wanted, output, np.stack(kept), common)
-    return 0
+    logging.info("compiled %d program%s of a sampler", count := programs.TRACES["draw"], "s" * (count != 1))
+    if frames and parallel.is_first_process():
+        names = outputs.save_motion(output, np.stack(frames[: outputs.MAX_IN_MOTION]), strip=bool(args.progressive),
+                                    animation=args.animate)
+        print(f"the way there: {', '.join(str(output / name) for name in names)}")
+    if numbers:
+        print(summary(output, numbers, time.monotonic() - began, first_done - began, done - at_once))
 
 
-def override_sampling(config: Any, args: argparse.Namespace) -> None:
-    """What the flags say takes the place of the config's `sampling`."""
-    with config.unlocked():
-        for key in ("sampler", "steps", "guidance_scale", "eta"):
-            if getattr(args, key) is not None:
-                config.sampling[key] = getattr(args, key)
+def summary(output: epath.Path, numbers: Sequence[int], seconds: float, first: float, later: int) -> str:
+    """What was drawn, where, and how fast; `first`: seconds until the first batch, `later`: pictures after it."""
+    files = str(outputs.file_of(output, numbers[0])) + (f" to {numbers[-1]:06d}.png" if len(numbers) > 1 else "")
+    rate = f", then {later / (seconds - first):.2f} pictures/s" if later else ""
+    count = f"{len(numbers)} picture" + "s" * (len(numbers) != 1)
+    return (f"{count}: {files}; {seconds:.1f} s (first batch, compiling included: {first:.1f} s{rate}); peak memory "
+            f"{parallel.peak_memory() / 2**30:.1f} GiB")
 
 
-def describe(wanted: dict[str, Any], number: int) -> dict[str, Any]:
-    """Files, prompt, class number and class name of one picture, as far as it has them."""
-    found = {name: files[number % len(files)] for name, files in wanted["files"].items()}
-    if wanted["prompts"]:
-        found["prompt"] = wanted["prompts"][number % len(wanted["prompts"])]
-    if wanted["labels"]:
-        found["label"] = label = wanted["labels"][number % len(wanted["labels"])]
-        if label < len(wanted["names"]):
-            found["label_name"] = wanted["names"][label]
-    return found
+@contextlib.contextmanager
+def steps_bar(args: argparse.Namespace, settings: Any) -> Iterator[None]:
+    """With --progress, a bar for the steps of the batch that is being drawn."""
+    if not args.progress:
+        yield
+        return
+    with tqdm(desc="step", total=settings.steps - settings.first, leave=False, position=1, dynamic_ncols=True) as bar:
+        def listener(number: int) -> None:
+            bar.n = number
+            bar.refresh()
+
+        with programs.listening(listener):
+            yield
 
 
-def save_together(
-    args: argparse.Namespace, wanted: dict[str, Any], output: epath.Path, pictures: np.ndarray, common: dict[str, Any]
+def converse(
+    args: argparse.Namespace, model: pipeline.LatentDiffusion, output: epath.Path, wanted: dict[str, Any],
+    options: dict[str, Any], common: dict[str, Any],
 ) -> None:
-    """The grid and the .npz, and a line that says where everything is."""
-    shown, conditions = min(len(pictures), MAX_IN_GRID), len(wanted["titles"])
-    texts, parts = [], {}
-    for number in range(shown):
-        about = describe(wanted, number)
-        label = about.get("label_name", about.get("label"))
-        texts.append(str(about["prompt"] if "prompt" in about else "" if label is None else label))
-        parts.setdefault(wanted["titles"][number % conditions], []).append(number)
-    seen = pictures[:shown]
-    if wanted["given"]:  # each picture beside its condition
-        seen = np.concatenate([np.stack([images.condition(wanted["given"], i, seen.shape[1:], wanted["object_names"])
-                                         for i in range(shown)]), seen], axis=2)
-    blocks = [images.Block(seen[part], [texts[i] for i in part], title) for title, part in parts.items()]
-    columns = args.columns or (
-        conditions if 1 < conditions <= 8 and len(parts) == 1 else
-        min(8, max(map(len, parts.values()))) if len(parts) > 1 else math.ceil(math.sqrt(shown)))
-    images.save_png(output / "samples.png", images.labelled_grid(blocks, columns), SOFTWARE | common)
-    files = f"{output / '000000.png'}" + (f" to {wanted['number'] - 1:06d}.png" if wanted["number"] > 1 else "")
-    if args.npz:
-        labels = wanted["labels"] and np.resize(wanted["labels"], len(pictures))
-        images.save_npz(output / "samples.npz", pictures, labels)
-    also = f"; as an array: {output / 'samples.npz'}" if args.npz else ""
-    count = f"{wanted['number']} picture" + "s" * (wanted["number"] != 1)
-    print(f"{count}: {files}; together: {output / 'samples.png'}{also}; peak memory "
-          f"{parallel.peak_memory() / 2**30:.1f} GiB")
+    """Asks for prompts (or labels), and draws as many pictures of each as before, with the program that is there."""
+    number, each = wanted["number"], min(wanted["number"], args.batch_size or drawing.BATCH_SIZE)
+    kind = "prompts" if "tokens" in request.condition_fields(model.config) else "labels"
+    while True:
+        print(f"{kind[:-1]} > ", end="", flush=True)
+        if not (line := sys.stdin.readline().strip()):
+            return
+        try:
+            prompts, labels = request.resolve_conditions(
+                model.config, *((line, None) if kind == "prompts" else (None, line)), model.label_names)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            continue
+        now = wanted | {"prompts": prompts, "labels": labels, "number": number + each}
+        numbers = list(range(number, number + each))
+        metadata = [outputs.about(now, common, i) for i in range(number + each)]
+        changed = options | {"num_samples": number + each, "batch_size": each}
+        batches = model.sample_batches(prompts, labels, **changed, only=numbers)
+        draw(args, output, batches, numbers, metadata, wanted["settings"])
+        number += each
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
@@ -355,7 +330,11 @@ def interruptible(function: Callable, *args: Any) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", force=True)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+    logging.addLevelName(logging.WARNING, "warning")
+    if args.verbose:
+        logging.getLogger().setLevel(logging.INFO)
+        logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells of every file
     try:
         return interruptible(run, args)
     except UserError as error:

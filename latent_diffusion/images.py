@@ -96,6 +96,8 @@ def condition(
         return enlarge(row["low_res"], shape[:2], smooth=False)
     if "mask" in row:
         return fill(row["image"], is_white(row["mask"].reshape(*shape[:2], 1)))
+    if "image" in row:
+        return row["image"]
     if "segmentation" in row:
         return color_map(row["segmentation"], shape[2])
     return draw_objects(row["layouts"], object_names, np.full(shape, 255, np.uint8))
