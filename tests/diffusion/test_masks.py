@@ -25,8 +25,21 @@ def noise(counter):
                      for index in range(SHAPE[0])])
 
 
+def loop(call, carry, rows):
+    """lax.scan without compiling it: so the network can be watched, and it is faster for a few calls."""
+    rows = {name: np.asarray(values) for name, values in rows.items()}
+    for i in range(len(rows["t"])):
+        carry, _ = call(carry, {name: jnp.asarray(values[i]) for name, values in rows.items()})
+    return carry, None
+
+
+@pytest.fixture(autouse=True)
+def _not_compiled(monkeypatch):
+    monkeypatch.setattr(jax.lax, "scan", loop)
+
+
 def states(predict=network, keep=None, parameterization="eps", **options):
-    """Where the network is called, one for each call, and the result; without jit the scan is a loop."""
+    """Where the network is called, one for each call, and the result."""
     seen = []
 
     def denoise(z, t):
@@ -35,8 +48,7 @@ def states(predict=network, keep=None, parameterization="eps", **options):
 
     if keep is not None:
         options["known"] = samplers.Known(jnp.asarray(Z_0), jnp.asarray(keep))
-    with jax.disable_jit():
-        z = samplers.sample(denoise, SCHEDULE, KEY, SHAPE, parameterization=parameterization, **options)
+    z = samplers.sample(denoise, SCHEDULE, KEY, SHAPE, parameterization=parameterization, **options)
     return [*seen, np.asarray(z)]
 
 
@@ -118,9 +130,8 @@ def test_frames_are_predictions_of_the_data(method, frames, shown):
         said.append(network(z, t.reshape(-1, 1, 1, 1)))
         return said[-1]
 
-    with jax.disable_jit():
-        z, kept = samplers.trajectory(denoise, SCHEDULE, KEY, SHAPE, method=method, steps=5, parameterization="x0",
-                                      frames=frames)
+    z, kept = samplers.trajectory(denoise, SCHEDULE, KEY, SHAPE, method=method, steps=5, parameterization="x0",
+                                  frames=frames)
     np.testing.assert_array_equal(kept, np.stack([said[i] for i in shown]))
     np.testing.assert_allclose(z, kept[-1], atol=1e-6)  # the last step is to clean data
 
