@@ -107,7 +107,10 @@ def _options(
     weak = args.weak_workdir is not None or args.weak_step is not None
     resolved = settings_lib.resolve(config, size=size, weak=weak, **settings)
     editing.resolve_small(config, given.get("upsample"), resolved.size)
-    frames = args.progressive or (min(resolved.steps, 24) if args.animate else 0)
+    most = resolved.steps - resolved.first
+    frames = args.progressive or (min(most, 24) if args.animate else 0)
+    if frames > most:
+        raise UserError(f"--progressive {frames} is more than the {most} steps of the sampler")
     rest = dict(size=args.size, variation=variation, frames=frames, report=bool(args.progress))
     return settings | others | rest, resolved
 

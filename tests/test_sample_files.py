@@ -141,6 +141,7 @@ def test_talk_keeps_the_program(workdir, tmp_path, monkeypatch, capsys):
     (["--quantize_x0"], "VQ first stage"),
     (["--temperature", "-1"], "temperature=-1.0 must be a finite number, 0 or above"),
     (["--spacing", "odd"], "choose from clean"),
+    (["--progressive", "4"], "--progressive 4 is more than the 3 steps"),
     (["--samples_per_label", "0"], "--samples_per_label 0 must be 1 or more"),
 ])
 def test_mistakes(workdir, tmp_path, capsys, monkeypatch, arguments, message):

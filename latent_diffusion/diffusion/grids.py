@@ -97,7 +97,11 @@ def _timesteps(method: str, total: int, steps: int, spacing: str) -> Shaped[np.n
     if spacing in ("clean", "trailing"):
         return np.round((k + 1) * total / steps).astype(np.int32) - 1
     if spacing.startswith("leading"):
-        return (k * (total // steps) + (spacing == "leading_1")).astype(np.int32)
+        t = k * (total // steps) + (spacing == "leading_1")
+        if t[-1] >= total:
+            raise UserError(f"sampling.steps: {steps} steps leave the schedule with spacing 'leading_1'; use less, or "
+                            "spacing 'leading'")
+        return t.astype(np.int32)
     if spacing == "uniform":
         return (k * total // steps + (2 * steps <= total)).astype(np.int32)
     if spacing in ("quad", "reference_quad"):

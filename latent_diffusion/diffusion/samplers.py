@@ -152,6 +152,8 @@ def trajectory(
         raise UserError(f"first={asked.first} must be less than the {grid.steps} steps of the sampler")
     grid = grid.after(asked.first)
     calls = method.calls(grid, schedule.v_posterior, asked.eta)
+    if asked.frames > len(calls.at):
+        raise UserError(f"frames={asked.frames} is more than the {len(calls.at)} predictions that there are")
     if asked.indices is None:
         asked = dataclasses.replace(asked, indices=jnp.arange(shape[0]))
     z_T = initial_noise(rng, asked.indices, shape) if asked.z_T is None else asked.z_T.astype(jnp.float32)
