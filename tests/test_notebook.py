@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import pytest
 
 from tests import tiny_models
@@ -11,15 +10,8 @@ from tests import tiny_models
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "quickstart.ipynb"
 
 
-@pytest.fixture
-def _quick_compilation():
-    before = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-def test_every_cell_runs(tmp_path, monkeypatch, _quick_compilation):
+@pytest.mark.slow  # .ci/run has it
+def test_every_cell_runs(tmp_path, monkeypatch):
     tiny_models.save(tiny_models.model("both"), tmp_path)
     monkeypatch.setenv("LDM_WORKDIR", str(tmp_path))
     monkeypatch.chdir(NOTEBOOK.parent)
