@@ -133,3 +133,27 @@ def test_unknown_names_list_the_choices():
     for call in (process.target, process.to_x0, process.to_eps):
         with pytest.raises(UserError, match="'flow'.*eps, x0, v"):
             call(SCHEDULE, "flow", Z_0, EPS, T)
+
+
+@pytest.mark.parametrize("amount", [0.0, 0.25, 0.5, 1.0])
+def test_slerp(amount):
+    """In the plane of the two, at the fraction of their angle, and of their norm where that is the same."""
+    one, other = np.asarray(Z_0, np.float64), np.asarray(EPS, np.float64)
+    flat = one.reshape(4, -1), other.reshape(4, -1)
+    norm = np.linalg.norm(flat[0], axis=1)
+    other = other * (norm / np.linalg.norm(flat[1], axis=1)).reshape(4, 1, 1, 1)
+    found = process.slerp(jnp.asarray(one, jnp.float32), jnp.asarray(other, jnp.float32), jnp.full(4, amount))
+    found = np.asarray(found, np.float64)
+
+    def angle(a, b):
+        return np.arccos(np.clip((a * b).reshape(4, -1).sum(1) / norm**2, -1, 1))
+
+    np.testing.assert_allclose(np.linalg.norm(found.reshape(4, -1), axis=1), norm, rtol=1e-5)
+    np.testing.assert_allclose(angle(one, found), amount * angle(one, other), atol=2e-3)
+    np.testing.assert_allclose(angle(found, other), (1 - amount) * angle(one, other), atol=2e-3)
+
+
+def test_slerp_of_equal_arrays_and_amounts_by_example():
+    np.testing.assert_allclose(process.slerp(Z_0, Z_0, jnp.full(4, 0.3)), Z_0, rtol=1e-6)
+    found = process.slerp(Z_0, EPS, jnp.array([0.0, 1.0, 0.0, 1.0]))
+    np.testing.assert_allclose(found, np.where(np.arange(4).reshape(4, 1, 1, 1) % 2, EPS, Z_0), atol=1e-5)

@@ -28,6 +28,8 @@ def run_table(method, grid, z, to_x0, noises=(), eta=0.0):
     Returns: where the network was called, one for each call, and the result.
     """
     calls = solvers.METHODS[method].calls(grid, 0.0, eta)
+    steps, bases = ({name: np.asarray(values, np.float64) for name, values in (columns or {}).items()}
+                    for columns in (calls.step, calls.base))
     states, base, here, history = [], z, z, []
     for i, at in enumerate(calls.at):
         states.append(here)
@@ -36,8 +38,8 @@ def run_table(method, grid, z, to_x0, noises=(), eta=0.0):
         terms = {"base": base, "x0": x0, "eps": eps} | {f"history{j + 1}": past for j, past in enumerate(history)}
         if len(noises):
             terms["noise"] = noises[i]
-        here = _combined(calls.step, terms, i)
-        base = here if calls.base is None else _combined(calls.base, terms, i)
+        here = _combined(steps, terms, i)
+        base = _combined(bases, terms, i) if bases else here
         history = [x0 if solvers.METHODS[method].history == "x0" else eps, *history]
     return [*states, here]
 
@@ -45,7 +47,7 @@ def run_table(method, grid, z, to_x0, noises=(), eta=0.0):
 def _combined(columns, terms, i):
     for name, values in columns.items():
         assert name in terms or values[i] == 0, (name, i)  # nothing is used before it is there
-    return sum(float(values[i]) * terms[name] for name, values in columns.items() if name in terms)
+    return sum(values[i] * terms[name] for name, values in columns.items() if name in terms)
 
 
 def run(name, grid, z, to_x0, noises=()):
