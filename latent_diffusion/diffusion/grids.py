@@ -77,6 +77,8 @@ def make(method: str, schedule: NoiseSchedule, steps: int, spacing: str = "clean
     total = schedule.timesteps
     if not 1 <= steps <= total:
         raise UserError(f"sampling.steps: {steps} is not between 1 and the {total} steps of the model's schedule")
+    if spacing == "reference_quad" and method not in ("ddim", "plms"):
+        raise UserError("sampler spacing: reference_quad is for ddim and plms; use quad")
     if spacing in ("karras", "exponential"):
         return _of_noise_levels(schedule, _noise_levels(schedule, steps, spacing))
     if spacing == "reference" and method == "dpmpp_2m":
