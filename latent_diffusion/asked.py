@@ -131,8 +131,7 @@ def _texts_and_labels(args: argparse.Namespace, config: Any, table: Mapping[str,
 
 def read_prompts(args: argparse.Namespace) -> dict[str, list]:
     """Columns, one entry for each prompt of the flags and the file: prompt, title (of the part of the grid it belongs
-    to),
-    and label, negative_prompt, guidance_scale, which are empty lists where the file has none."""
+    to), and label, negative_prompt, guidance_scale, which are empty lists where the file has none."""
     table = {"prompt": list(args.prompt), "title": [""] * len(args.prompt), "label": [], "guidance_scale": [],
              "negative_prompt": list(args.negative_prompt)}
     if not args.prompts_file:

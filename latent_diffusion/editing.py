@@ -51,8 +51,7 @@ def resolve_small(
     config: Any, small: np.ndarray | None, size: tuple[int, int] | None
 ) -> dict[str, Float[np.ndarray, "n h w c"]]:
     """Checks small pictures that an unconditional model is to draw enlarged (paper, appendix C): uint8 (h, w, c) or (n,
-    h, w,
-    c); the picture's size must be a multiple. Raises UserError."""
+    h, w, c); the picture's size must be a multiple. Raises UserError."""
     if small is None:
         return {}
     pictures = _pictures(small, config.data.channels, "upsample")
@@ -96,8 +95,7 @@ def pad(
     config: Any, arrays: Mapping[str, np.ndarray], size: tuple[int, int], canvas: tuple[int, int]
 ) -> dict[str, np.ndarray]:
     """Pictures and maps (n, h, w, ...) of a picture of `size`, continued by their borders to that of the `canvas`
-    around
-    it."""
+    around it."""
     factor, padded = sizes.factor(config.first_stage.model), {}
     for name, x in arrays.items():
         around = []

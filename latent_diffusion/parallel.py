@@ -125,8 +125,7 @@ def pmap_local(function: Callable, **static: Any) -> Callable:
 
 def pmap_draw(function: Callable, *, donate: bool, **static: Any) -> Callable:
     """``function(shared, start, batch, **static)`` on this process's devices alone: the first replicated, the others
-    and the
-    result with a leading device axis, and the memory of `start` given away if `donate`."""
+    and the result with a leading device axis, and the memory of `start` given away if `donate`."""
     return _pmap(function, static, (None, 0, 0), devices=jax.local_devices(), donate_argnums=(1,) if donate else ())
 
 

@@ -45,8 +45,7 @@ class Program:
     image-to-image. masked: ``image`` and ``mask`` of the batch say what stays, though the network does not see them.
     upsample:
     toward small pictures. size: of the pictures, which are cut from the middle of `latent_shape`. frames: how many
-    predictions
-    to decode. report: calls the listener of `listening` at each step. The rest: `settings.Settings`.
+    predictions to decode. report: calls the listener of `listening` at each step. The rest: `settings.Settings`.
     """
 
     models: models.Models
@@ -81,8 +80,8 @@ class Program:
 
 def start(shared: Mapping[str, Any], batch: Mapping[str, Array], *, program: Program) -> Array:
     """Where the sampler starts, (b, h, w, c): noise of `shared` ``key`` and the pictures' numbers; turned by ``amount``
-    toward
-    that of ``variation_key``, if varied; for image-to-image, on top of the encoded ``image`` (``alpha``, ``sigma``)."""
+    toward that of ``variation_key``, if varied; for image-to-image, on top of the encoded ``image`` (``alpha``,
+    ``sigma``)."""
     shape = (batch["index"].shape[0], *program.latent_shape)
     noise = samplers.initial_noise(shared["key"], batch["index"], shape)
     if program.varied:
@@ -105,8 +104,7 @@ def draw(
       z_T: (b, h, w, c), of `start` or the user's.
       batch: ``index`` (b,), the numbers of the pictures; ``guidance_scale`` (b,); the conditions of
         `training.diffusion.condition` and `condition_map`, where ``layout`` may be (b, p, l): one layout for each patch
-        of
-        the tiles; ``negative_tokens`` instead of the null ones; ``image``, ``mask``; ``small`` pictures to upsample.
+        of the tiles; ``negative_tokens`` instead of the null ones; ``image``, ``mask``; ``small`` pictures to upsample.
       program: static.
 
     Returns:

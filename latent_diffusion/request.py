@@ -202,8 +202,7 @@ def resolve_maps(config: Any, **given: np.ndarray | None) -> dict[str, np.ndarra
 
 def check_mask(masks: np.ndarray, pictures: np.ndarray) -> None:
     """Raises UserError unless masks (n, h, w, 1) and pictures (n, h, w, c) have the same size, and there is one mask or
-    one
-    for each picture."""
+    one for each picture."""
     if masks.shape[1:3] != pictures.shape[1:3]:
         mask, picture = (f"{array.shape[1]}x{array.shape[2]}" for array in (masks, pictures))
         raise UserError(f"the mask has {mask} pixels, the picture {picture}; make them equal")

@@ -18,8 +18,7 @@ class Settings:
     """How pictures are drawn. What is not given comes from ``config.sampling``, or is what stands here.
 
     Only sampler, steps, spacing, size, clip_x0, threshold, quantize_x0, two_passes, tiles and strength compile anew
-    when
-    changed, and guidance and an interval where there was none.
+    when changed, and guidance and an interval where there was none.
     """
 
     sampler: str  # a name of `diffusion.samplers.METHODS`
@@ -158,8 +157,7 @@ def check_size(
     """`size`, or the default one, if the networks divide it; `per` pixels are one of what the message speaks of.
 
     The first stage must divide pictures; the UNet must, too, where there is no canvas: tiles, and models of layouts,
-    whose
-    boxes are relative to the picture.
+    whose boxes are relative to the picture.
     """
     size = size or (config.data.image_size,) * 2
     factor, down = sizes.factor(config.first_stage.model), sizes.unet_factor(config)

@@ -64,8 +64,7 @@ def make(method: str, schedule: NoiseSchedule, steps: int, spacing: str = "clean
         leading, leading_1  those of diffusers with that name and steps_offset 0 or 1: k (T // steps)
         reference           those of CompVis latent-diffusion: for ddim and plms range(0, T, T // steps) + 1, whose
                             length differs from `steps` unless that divides T, down to the level of timestep 0; for ddpm
-                            all T;
-                            for dpmpp_2m (of CompVis stable-diffusion) linspace down to the level of timestep 0
+                            all T; for dpmpp_2m (of CompVis stable-diffusion) linspace down to the level of timestep 0
         reference_quad      that code's "quad", which may repeat the smallest timesteps; for ddim and plms
 
     Raises:

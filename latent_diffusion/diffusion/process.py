@@ -92,8 +92,7 @@ def slerp(
     one: Float[Array, "b ..."], other: Float[Array, "b ..."], amount: Float[Array, "b"]
 ) -> Float[Array, "b ..."]:
     """From `one` (amount 0) to `other` (1) along the great circle, each example by its own amount: of two pieces of
-    unit
-    noise it is unit noise, too, which a straight line is not (Shoemake 1985; Song et al. 2021, appendix D.5)."""
+    unit noise it is unit noise, too, which a straight line is not (Shoemake 1985; Song et al. 2021, appendix D.5)."""
     flat, axes = one.reshape(one.shape[0], -1), (one.shape[0], -1)
     norms = jnp.linalg.norm(flat, axis=1) * jnp.linalg.norm(other.reshape(axes), axis=1)
     angle = jnp.arccos(jnp.clip(jnp.sum(flat * other.reshape(axes), axis=1) / norms, -1.0, 1.0))

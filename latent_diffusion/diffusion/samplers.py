@@ -55,8 +55,7 @@ class Options:
     first: begin with this step, with a z_T as noisy as `first_level` says.
     known: what is to stay. Before each step it is replaced by the known data as noisy as there, and at the end by the
       known data (Lugmayr et al. 2022, eq. 8, without resampling). With spacing "reference" by the reference's rules:
-      not at the
-      end, and of ddpm after each step, as noisy as before it.
+      not at the end, and of ddpm after each step, as noisy as before it.
     frames: how many predictions of the data to return, evenly spaced over the calls, the last one's among them.
     on_call: called on the host with the number of each call that was made, from 1 on.
     """
@@ -173,8 +172,7 @@ def _call(
     denoise_fn: DenoiseFn, asked: Options, method: solvers.Method, rng: Key[Array, ""], carry: tuple, row: Row
 ) -> tuple:
     """One call of the network, and where it leads: `solvers.Calls`. carry: base, where the network is called, history
-    and
-    frames."""
+    and frames."""
     base, here, history, frames = carry
     keep_after = asked.known is not None and _as_reference(asked) and asked.method == "ddpm"
     if asked.known is not None and not keep_after:

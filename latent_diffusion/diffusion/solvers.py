@@ -56,8 +56,7 @@ def ddpm(grid: Grid, v_posterior: float, eta: Any) -> Calls:
 
 def ddim(grid: Grid, v_posterior: float, eta: Any) -> Calls:
     """DDIM (Song et al. 2021, eq. 12 and 16): z' = alpha' x0 + sqrt(sigma'^2 - s^2) eps + s noise, with s = eta times
-    the
-    deviation of ancestral sampling."""
+    the deviation of ancestral sampling."""
     acp = grid.alpha**2
     variance = eta**2 * posterior(acp[:-1], acp[1:])["variance"]
     # eta > 1 may ask for more noise than the level to be reached has.
@@ -73,8 +72,7 @@ def euler(grid: Grid, v_posterior: float, eta: Any) -> Calls:
 
 def euler_ancestral(grid: Grid, v_posterior: float, eta: Any) -> Calls:
     """Euler's method to a lower level than the next, then noise up to that (k-diffusion's sample_euler_ancestral): the
-    same
-    as DDIM with eta 1."""
+    same as DDIM with eta 1."""
     s, target = grid.noise_level[:-1], grid.noise_level[1:]
     up = np.minimum(target, target * np.sqrt(1 - (target / s) ** 2))
     down = np.sqrt(target**2 - up**2)
@@ -84,8 +82,7 @@ def euler_ancestral(grid: Grid, v_posterior: float, eta: Any) -> Calls:
 
 def heun(grid: Grid, v_posterior: float, eta: Any) -> Calls:
     """Heun's method (Karras et al. 2022, algorithm 1): Euler's step, then again with the mean of eps at both ends. The
-    step
-    to clean data is Euler's, so that n steps are 2 n - 1 calls."""
+    step to clean data is Euler's, so that n steps are 2 n - 1 calls."""
     rows = []  # (level, step, base, starts)
     for i, clean in enumerate(grid.sigma[1:] == 0):
         euler_step = {"x0": grid.alpha[i + 1], "eps": grid.sigma[i + 1]}
@@ -120,8 +117,8 @@ _ADAMS_BASHFORTH = np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [
 
 def plms(grid: Grid, v_posterior: float, eta: Any) -> Calls:
     """PNDM's linear multistep method (Liu et al. 2022, eq. 12) as CompVis latent-diffusion has it, in n + 1 calls:
-    DDIM's
-    step with a combination of eps here and at up to three levels before. The first, which has none before it, is made
+    DDIM's step with a combination of eps here and at up to three levels before. The first, which has none before it, is
+    made
     twice: with eps there, and then with the mean of that eps and the one at the point it led to, which is not used
       again.
     """
@@ -140,8 +137,7 @@ def plms(grid: Grid, v_posterior: float, eta: Any) -> Calls:
 
 def dpmpp_2m(grid: Grid, v_posterior: float, eta: Any) -> Calls:
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2). The last of less than 15 steps, and any to clean data, is of
-    first
-    order, as in its authors' code."""
+    first order, as in its authors' code."""
     rows = []
     for i in range(grid.steps):
         ratio, gain, h, h_before = _exponential(grid, i)
@@ -171,8 +167,7 @@ def dpmpp_2m_sde(grid: Grid, v_posterior: float, eta: Any) -> Calls:
 
 def dpmpp_2s(grid: Grid, v_posterior: float, eta: Any) -> Calls:
     """DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1): a step spans two of the grid's, with the network called at the
-    level
-    between, so that n levels are n calls. A step to clean data is of first order, and single."""
+    level between, so that n levels are n calls. A step to clean data is of first order, and single."""
     rows, i, clean = [], 0, grid.sigma[-1] == 0
     while i < grid.steps:
         ratio, gain, h, _ = _exponential(grid, i)
@@ -193,8 +188,7 @@ def dpmpp_2s(grid: Grid, v_posterior: float, eta: Any) -> Calls:
 
 def unipc(grid: Grid, v_posterior: float, eta: Any) -> Calls:
     """UniPC of order 2 with B(h) = e^h - 1 (Zhao et al. 2023, algorithms 5 and 6): the prediction at a point corrects
-    the
-    step that led there, and then predicts the next; the last step is of first order."""
+    the step that led there, and then predicts the next; the last step is of first order."""
     rows, corrected = [], {"base": 1.0}
     order = 1
     for i in range(grid.steps):
@@ -212,8 +206,7 @@ def unipc(grid: Grid, v_posterior: float, eta: Any) -> Calls:
 
 def _unified(grid: Grid, i: int, order: int, correct: bool) -> dict[str, float]:
     """UniPC's step from level i to i + 1. The predictions m at the levels i + 1, i and i - 1 are x0, history1 and
-    history2
-    when correcting, which is done with the first; when predicting those at i and i - 1 are x0 and history1."""
+    history2 when correcting, which is done with the first; when predicting those at i and i - 1 are x0 and history1."""
     ratio, gain, h, h_before = _exponential(grid, i)
     names = ("x0", "history1", "history2") if correct else (None, "x0", "history1")
     step = {"base": ratio, names[1]: gain}
@@ -237,8 +230,7 @@ def _flow(grid: Grid, i: int) -> tuple[float, float]:
 
 def _exponential(grid: Grid, i: int) -> tuple[float, float, float, float]:
     """(a, b, h, h before) of z' = a z + b x0 along the probability flow with constant x0, from level i to i + 1, where
-    h is
-    the step in log(alpha / sigma) (Lu et al. 2022b, eq. 9)."""
+    h is the step in log(alpha / sigma) (Lu et al. 2022b, eq. 9)."""
     log_snr = grid.log_snr
     h = log_snr[i + 1] - log_snr[i]
     h_before = log_snr[i] - log_snr[i - 1] if i > 0 else np.nan
@@ -258,8 +250,7 @@ def _collect(rows: list[tuple[int, dict[str, float], dict[str, float] | None, bo
 @dataclasses.dataclass(frozen=True)
 class Method:
     """calls: (grid, v_posterior, eta) -> Calls. history: what it keeps of the calls before, "x0" or "eps". noisy:
-    whether it
-    adds noise."""
+    whether it adds noise."""
 
     calls: Callable[[Grid, float, Any], Calls]
     history: str = "x0"
