@@ -40,12 +40,14 @@ class Tile(NamedTuple):
 class Program:
     """All that a compiled sampler depends on; whatever else there is, weights above all, is an argument of it.
 
-    guidance: "none", "classifier_free" or "weak" (autoguidance, by `weak`). first: the step that is begun with, above 0
-      for
-    image-to-image. masked: ``image`` and ``mask`` of the batch say what stays, though the network does not see them.
-    upsample:
-    toward small pictures. size: of the pictures, which are cut from the middle of `latent_shape`. frames: how many
-    predictions to decode. report: calls the listener of `listening` at each step. The rest: `settings.Settings`.
+    guidance: "none", "classifier_free" or "weak" (autoguidance, by `weak`).
+    first: the step that is begun with, above 0 for image-to-image.
+    masked: ``image`` and ``mask`` of the batch say what stays, though the network does not see them.
+    upsample: toward small pictures.
+    size: of the pictures, which are cut from the middle of `latent_shape`.
+    frames: how many predictions to decode.
+    report: call the listeners of `listening` at each step.
+    The rest: `settings.Settings`.
     """
 
     models: models.Models

@@ -134,9 +134,8 @@ def toward(
     parameterization: str,
 ) -> DenoiseFn:
     """Guides an unconditional model to data with a small distance from something, through the gradient of what it
-    predicts:
-    eps + scale * sigma * d distance(x0(z_t)) / d z_t (Rombach et al. 2022, appendix C: log p = -distance, with
-    distance(x0) = |y - T(D(x0))|^2 / 2 for an image y, a degradation T and the decoder D).
+    predicts: eps + scale * sigma * d distance(x0(z_t)) / d z_t (Rombach et al. 2022, appendix C: log p =
+    -distance, with distance(x0) = |y - T(D(x0))|^2 / 2 for an image y, a degradation T and the decoder D).
     """
     check_parameterization(parameterization)
 

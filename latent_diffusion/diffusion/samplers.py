@@ -110,8 +110,8 @@ def initial_noise(rng: Key[Array, ""], indices: Int[ArrayLike, "b"], shape: tupl
 
 def first_level(method: str, schedule: NoiseSchedule, steps: int, spacing: str, first: int) -> tuple[float, float]:
     """(alpha, sigma) that an image must be noised to before `sample` may begin with step `first` (image-to-image; Meng
-    et al.
-    2022, SDEdit). With spacing "reference" one level more than that of the step, as CompVis stable-diffusion does."""
+    et al. 2022, SDEdit). With spacing "reference" one level more than that of the step, as CompVis stable-diffusion
+    does."""
     grid = grids.make(method, schedule, steps, spacing)
     at = max(0, first - 1) if spacing.startswith("reference") else first
     return float(grid.alpha[at]), float(grid.sigma[at])

@@ -10,8 +10,7 @@ Every method here is a general linear method: where the network is called next i
 with coefficients that depend on the noise levels alone. They are computed here in float64, one row for each call, so
 that one loop (`samplers.sample`) runs all methods and nothing is lost where levels are close or far apart. A method of
 two calls a step (Heun's, 2S) keeps `base` during the first; UniPC corrects it. In the names below, primes are levels
-after
-the step: z' = alpha' z_0 + sigma' eps.
+after the step: z' = alpha' z_0 + sigma' eps.
 """
 
 import dataclasses
@@ -118,9 +117,8 @@ _ADAMS_BASHFORTH = np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [
 def plms(grid: Grid, v_posterior: float, eta: Any) -> Calls:
     """PNDM's linear multistep method (Liu et al. 2022, eq. 12) as CompVis latent-diffusion has it, in n + 1 calls:
     DDIM's step with a combination of eps here and at up to three levels before. The first, which has none before it, is
-    made
-    twice: with eps there, and then with the mean of that eps and the one at the point it led to, which is not used
-      again.
+    made twice: with eps there, and then with the mean of that eps and the one at the point it led to, which is not used
+    again.
     """
     ratio, slope = _flow(grid, 0)
     second = {"base": ratio, "eps": slope / 2, "history1": slope / 2}
