@@ -29,9 +29,10 @@ def plan(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     """Everything that is going to be drawn, checked.
 
     Returns:
-      prompts, labels, negative_prompts, layouts: one for each picture in turn, or None. titles: of the parts of the grid
-      that they belong to. number: of pictures; conditions: how many they share. names, object_names: of classes. given:
-      pictures and maps. options: arguments of `pipeline.LatentDiffusion.sample_batches`. files: names of files, by flag.
+      prompts, labels, negative_prompts, layouts: one for each picture in turn, or None. titles: of the parts of the
+      grid that they belong to. number: of pictures; conditions: how many they share. names, object_names: of classes.
+      given: pictures and maps. options: arguments of `pipeline.LatentDiffusion.sample_batches`. files: names of files,
+        by flag.
       settings: `settings.Settings`.
 
     Raises:
