@@ -1,44 +1,25 @@
-"""Files of tensors: the numbers come out as they went in, and of what else a file asks for nothing ever happens."""
+"""Files that torch.save wrote, and those written here: the numbers come out as they went in, and of what else a file
+asks for nothing ever happens."""
 
 import builtins
 import io
 import os
 import pickle
 import re
-import struct
 import subprocess
 import sys
 import typing
 import zipfile
 from collections import OrderedDict, defaultdict
 
-import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
 import torch_files
+from tensor_values import FLOATS, OF_EVERY_TYPE, RNG, assert_same, refused
 from torch_files import FORMATS, Call, Storage, Tensor, stand_in, tensor, write_legacy, write_zip
 
 from latent_diffusion import tensor_files
 from latent_diffusion.errors import UserError
-
-RNG = np.random.default_rng(0)
-FLOATS = RNG.standard_normal((2, 3, 4)).astype(np.float32)
-OF_EVERY_TYPE = {
-    "float32": FLOATS, "float64": FLOATS.astype(np.float64), "float16": FLOATS.astype(np.float16),
-    "bfloat16": FLOATS.astype(ml_dtypes.bfloat16), "bool": FLOATS > 0,
-    "int64": np.array([-(2**60), 2**60]), "int32": np.array([[-(2**30)], [7]], np.int32),
-    "int16": np.array([-300, 300], np.int16), "int8": np.array([-128, 127], np.int8),
-    "uint8": np.array([0, 255], np.uint8), "scalar": np.array(2.5, np.float32), "count": np.array(7, np.int64),
-    "empty": np.zeros((0, 3), np.float32),
-}
-
-
-def assert_same(tensors, expected):
-    assert sorted(tensors) == sorted(expected)
-    for name, value in expected.items():
-        found, value = np.asarray(tensors[name]), np.asarray(value)
-        assert (found.dtype, found.shape, found.tobytes()) == (value.dtype, value.shape, value.tobytes()), name
 
 
 @pytest.fixture(params=list(FORMATS))
@@ -114,21 +95,6 @@ def test_archives_without_byteorder_and_of_another_root(tmp_path):
     assert_same(tensor_files.open_tensors(str(path))[0], {"x": FLOATS})
 
 
-@pytest.mark.parametrize("name", list(OF_EVERY_TYPE))
-def test_safetensors(tmp_path, name):
-    path, value = tmp_path / "x.safetensors", OF_EVERY_TYPE[name]
-    safetensors.numpy.save_file({"x": value, "y": np.ones(1)}, path, {"format": "pt"})
-    tensors, rest = tensor_files.open_tensors(path)
-    assert_same(tensors, {"x": value, "y": np.ones(1)})
-    assert len(tensors) == 2 and "z" not in tensors and rest == {"format": "pt"}
-
-
-def test_safetensors_written_by_hand(tmp_path):
-    header = b'{"x":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}'
-    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + b"\x80\x3f\x20\xc0")
-    np.testing.assert_array_equal(tensor_files.open_tensors(tmp_path / "x")[0]["x"].astype(np.float32), [1.0, -2.5])
-
-
 @pytest.mark.parametrize("ending", ["ckpt", "pt", "pth", "safetensors"])
 def test_what_is_saved_is_read_again(tmp_path, ending):
     path = tmp_path / f"model.{ending}"
@@ -158,17 +124,6 @@ def test_another_ending(tmp_path):
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
-
-
-def refused(path, *needles):
-    """The one line that refuses a file; it names the file and each of `needles`."""
-    with pytest.raises(UserError) as caught:
-        tensor_files.open_tensors(path)
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1 and str(path) in message, message
-    for needle in needles:
-        assert needle in message, message
-    return message
 
 
 HARM = {
@@ -334,16 +289,6 @@ def test_cut_files(tmp_path, write, part):
     data = write(tmp_path / "whole.pt", tree).read_bytes()
     (tmp_path / "cut.pt").write_bytes(data[: int(len(data) * part)])
     refused(tmp_path / "cut.pt")
-
-
-def test_cut_safetensors(tmp_path):
-    safetensors.numpy.save_file({"x": FLOATS}, tmp_path / "whole")
-    data = (tmp_path / "whole").read_bytes()
-    for length in (12, 40, len(data) - 1):
-        (tmp_path / "cut").write_bytes(data[:length])
-        refused(tmp_path / "cut", "damaged")
-    (tmp_path / "cut").write_bytes(struct.pack("<Q", 2**60) + b'{"x":1}')
-    refused(tmp_path / "cut", "damaged")
 
 
 def test_bytes_changed_at_random_are_read_or_refused(tmp_path, write):

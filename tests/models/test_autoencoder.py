@@ -1,4 +1,7 @@
-"""First stages: published parameter counts, shapes at every factor, posterior and quantizer against closed forms."""
+"""First stages: shapes at every factor, posterior and quantizer against closed forms. test_published_models.py counts
+their parameters."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,37 +19,6 @@ from latent_diffusion.models.autoencoder import (
 )
 from latent_diffusion.models.bottleneck import DiagonalGaussian, VectorQuantizer
 
-F16 = {"ch_mult": (1, 1, 2, 2, 4), "attn_resolutions": (16,)}
-F8 = {"ch_mult": (1, 2, 2, 4), "attn_resolutions": (32,)}
-F4 = {"ch_mult": (1, 2, 4)}
-
-
-def _kl(channels, **settings):
-    return AutoencoderKL(embed_dim=channels, z_channels=channels, **settings)
-
-
-def _vq(channels, n_embed, **settings):
-    return AutoencoderVQ(embed_dim=channels, z_channels=channels, n_embed=n_embed, **settings)
-
-
-# (autoencoder, all parameters, encoder, decoder) of the released models; their yaml files and the reference's modules
-RELEASED = {
-    "kl-f4": (_kl(3, **F4), 55_312_063, 22_351_238, 32_960_771),
-    "kl-f8": (_kl(4, ch_mult=(1, 2, 4, 4)), 83_653_863, 34_163_592, 49_490_179),
-    "kl-f16": (_kl(16, **F16), 69_610_963, 28_265_760, 41_343_875),
-    "kl-f32": (
-        _kl(64, ch_mult=(1, 1, 2, 2, 4, 4), attn_resolutions=(16, 8)),
-        103_880_131,
-        42_614_656,
-        61_244_803,
-    ),
-    "vq-f4": (_vq(3, 8192, **F4), 55_322_782, 22_337_411, 32_960_771),
-    "vq-f4-noattn": (_vq(3, 8192, attn_type="none", **F4), 53_219_486, 21_285_763, 31_909_123),
-    "vq-f8": (_vq(4, 16384, **F8), 67_717_295, 27_397_764, 40_253_955),
-    "vq-f8-n256": (_vq(4, 256, **F8), 67_652_783, 27_397_764, 40_253_955),
-    "vq-f16": (_vq(8, 16384, **F16), 69_593_371, 28_155_144, 41_307_011),
-}
-
 
 def _shapes(module, size=64):
     x = jax.ShapeDtypeStruct((1, size, size, module.in_channels), jnp.float32)
@@ -55,15 +27,6 @@ def _shapes(module, size=64):
 
 def _count(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_parameter_count_of_released_models(name):
-    module, total, encoder, decoder = RELEASED[name]
-    params = _shapes(module)
-    assert _count(params["encoder"]) == encoder
-    assert _count(params["decoder"]) == decoder
-    assert _count(params) == total
 
 
 TINY = {"ch": 16, "num_res_blocks": 1, "resolution": 32}
@@ -195,22 +158,22 @@ def test_vq_decodes_the_nearest_codes():
     )
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: jnp.float32(rng.normal(size=s.shape)), _shapes(module, size=4))
+    apply = partial(module.apply, {"params": params}, method="decode")
+    decode, unquantizing = _jit(apply), _jit(partial(apply, quantize=False))
     codes = np.asarray(params["quantize"]["embedding"])
     z = jnp.float32(codes[[[0, 3], [4, 4]]][None] + 1e-3 * rng.normal(size=(1, 2, 2, 2)))
-    actual = module.apply({"params": params}, z, method="decode")
-    exact = module.apply(
-        {"params": params}, jnp.float32(codes[[[0, 3], [4, 4]]][None]), quantize=False, method="decode"
-    )
-    unquantized = module.apply({"params": params}, z, quantize=False, method="decode")
+    actual, unquantized = decode(z), unquantizing(z)
+    exact = unquantizing(jnp.float32(codes[[[0, 3], [4, 4]]][None]))
     np.testing.assert_allclose(actual, exact, atol=1e-6)
     assert np.abs(unquantized - exact).max() > 1e-5
     assert np.abs(actual).max() <= 1  # tanh
 
 
 def test_remat_dropout_and_precision():
-    fields = TINY | {"ch_mult": (1, 2), "dropout": 0.5}
-    x = jnp.float32(np.random.default_rng(0).normal(size=(2, 8, 8, 3)))
-    params = _jit(AutoencoderKL(**fields).init)(jax.random.key(0, impl="unsafe_rbg"), x)["params"]
+    fields = TINY | {"ch_mult": (1,), "dropout": 0.5}
+    rng = np.random.default_rng(0)
+    x = jnp.float32(rng.normal(size=(2, 8, 8, 3)))
+    params = jax.tree.map(lambda s: jnp.float32(0.1 * rng.normal(size=s.shape)), _shapes(AutoencoderKL(**fields)))
 
     def loss(module):
         return lambda params: jnp.sum(jnp.sin(module.apply({"params": params}, x)[0]))

@@ -14,6 +14,13 @@ KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles in a quarter of the time 
 X = 3.0 + 2.0 * jax.random.normal(jax.random.key(1), (8, 4, 4, 6)) * jnp.arange(1, 7)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compile_fast():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def init_shapes(network, channels=3, side=64):
     return jax.eval_shape(lambda: network.init(KEY, jnp.zeros((1, side, side, channels)), train=True))
 

@@ -32,14 +32,10 @@ def compiled_losses(json, train, transform=lambda function: function):
 
 
 def losses(config, params, batch, train=True, **options):
-    """Loss and metrics of one device's batch."""
+    """Loss and metrics of one device's batch; with transform=jax.grad, gradients in place of the loss."""
     found = compiled_losses(config_lib.to_json(config), train, **options)(
         params, jax.tree.map(lambda x: jnp.asarray(x)[None], batch))
     return jax.tree.map(lambda x: np.asarray(x[0]), found)
-
-
-def random_keyed(seed):
-    return jax.random.key(seed, impl="unsafe_rbg")  # compiles twice as fast
 
 
 def test_fresh_unet_predicts_zero_so_the_loss_is_the_noise_itself():
@@ -47,7 +43,7 @@ def test_fresh_unet_predicts_zero_so_the_loss_is_the_noise_itself():
     config = tiny_runs.diffusion_config(conditioning=dict(dropout=0.0))
     fresh = jax.jit(functools.partial(
         stage2.create_state, models=tiny_runs.networks(config), tx=optimizer.create(config), config=config))
-    params = dict(fresh(random_keyed(0)).params)
+    params = dict(fresh(jax.random.key(0, impl="unsafe_rbg")).params)  # compiles twice as fast
     batch = tiny_runs.latent_batch()
     loss, metrics = losses(config, params, batch)
     eps_key = jax.random.split(jax.random.key(5), 5)[2]
@@ -126,7 +122,8 @@ def test_online_encoding_equals_cached_posteriors():
     config = tiny_runs.diffusion_config(conditioning=dict(dropout=0.0))
     networks = tiny_runs.networks(config)
     images = jnp.asarray(tiny_runs.image_batch()["image"])
-    first_stage = jax.jit(networks.first_stage.init)(random_keyed(1), images[:1])["params"]
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(networks.first_stage.init, jax.random.key(1), images[:1])
+    first_stage = jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), shapes["params"])
     index = jnp.arange(8)
 
     @jax.jit
