@@ -122,7 +122,7 @@ def main() -> None:
     params = make_params(ours, dict(z_t=z, t=jnp.zeros(args.batch, jnp.int32)) | extra, seed=1)
     theirs = their_unet(config, params)
     z_theirs = torch.tensor(np.array(z)).permute(0, 3, 1, 2).contiguous()
-    extra_theirs = {"encoder_hidden_states": torch.tensor(np.array(x)) for x in extra.values()}
+    extra_theirs = {"encoder_hidden_states": torch.tensor(np.array(extra["context"]))} if extra else {}
 
     t = jnp.full(args.batch, 500, jnp.int32)
     here = jax.jit(lambda params: ours.apply({"params": params}, z, t, **extra))(params)
