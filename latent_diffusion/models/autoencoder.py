@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from latent_diffusion.errors import UserError, choose
+from latent_diffusion.models.attention import attention
 from latent_diffusion.models.bottleneck import DiagonalGaussian, VectorQuantizer
 from latent_diffusion.models.layers import (
     Dtype,
     Upsample,
-    attention,
     compute_dtype,
     conv,
     downsample_mean,

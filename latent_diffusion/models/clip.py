@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from latent_diffusion.errors import UserError
+from latent_diffusion.models.attention import merge_heads, split_heads
 from latent_diffusion.models.conditioning import checked_length
-from latent_diffusion.models.layers import Dtype, compute_dtype, dense, layer_norm, merge_heads, split_heads
+from latent_diffusion.models.layers import Dtype, compute_dtype, dense, layer_norm
 
 
 class CLIPLayer(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 from scipy.special import erf
 
 from latent_diffusion.errors import UserError
-from latent_diffusion.models import layers
+from latent_diffusion.models import attention, layers
 
 
 def _normal(seed, *shape):
@@ -67,7 +67,7 @@ def test_timestep_embedding():
 
 def test_attention():
     q, k, v = _normal(0, 2, 5, 3, 4), _normal(1, 2, 6, 3, 4), _normal(2, 2, 6, 3, 4)
-    actual = layers.attention(q, k, v)
+    actual = attention.attention(q, k, v)
     q, k, v = _float64((q, k, v))
     for b in range(2):
         for n in range(3):
@@ -78,7 +78,7 @@ def test_attention():
 
 def test_attention_kernel_choice(monkeypatch):
     def eligible(dtype, width, keys=64):
-        return layers._cudnn_eligible(jnp.zeros((1, 64, 1, width), dtype), jnp.zeros((1, keys, 1, width), dtype))
+        return attention._cudnn_eligible(jnp.zeros((1, 64, 1, width), dtype), jnp.zeros((1, keys, 1, width), dtype))
 
     assert not eligible(jnp.bfloat16, 64)  # no GPU
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
