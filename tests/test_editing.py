@@ -102,6 +102,8 @@ def test_away_from_a_weaker_model(zero):
     got = zero.sample(weak=constant_model(0.1), guidance_scale=3.0, num_samples=1)
     same = constant_model(-0.2).sample(num_samples=1)
     np.testing.assert_allclose(got.latents, same.latents, atol=1e-5)
+    never = zero.sample(weak=constant_model(0.1), guidance_scale=3.0, guidance_interval=(100, 200), num_samples=1)
+    np.testing.assert_allclose(never.latents, zero.sample(num_samples=1).latents, atol=1e-5)
     with pytest.raises(UserError, match="guidance_scale"):
         zero.sample(weak=zero)
     other = dataclasses.replace(zero, schedule=schedule_lib.make_schedule("linear", 20))

@@ -67,7 +67,7 @@ def autoguidance(denoise_fn: DenoiseFn, weak_fn: DenoiseFn, scale: Scale, **opti
 
 def _guided(
     both: Callable[[Array, Array], tuple[Array, Array]], alone: DenoiseFn, scale: Scale, *,
-    rescale: Num[ArrayLike, ""] = 0.0, interval: tuple[Any, Any] | None = None, schedule: NoiseSchedule | None = None,
+    rescale: Num[ArrayLike, ""] = 0.0, interval: Any = None, schedule: NoiseSchedule | None = None,
 ) -> DenoiseFn:
     """What the two ways of guidance share.
 

@@ -234,3 +234,16 @@ def test_unknown_names_list_the_choices():
         layers.remat(layers.ResBlock, "all")
     with pytest.raises(UserError, match="float32, bfloat16"):
         layers.compute_dtype("float16")
+
+
+@pytest.mark.parametrize("side, kernel, stride, padding", [
+    (2, 3, 1, ((1, 1), (1, 1))), (1, 3, 1, ((1, 1), (1, 1))), (2, 3, 2, ((0, 1), (0, 1))), (2, 4, 2, ((1, 1), (1, 1))),
+    (4, 3, 2, ((1, 1), (1, 1)))])
+def test_convolutions_of_small_pictures_are_the_plain_ones(side, kernel, stride, padding):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, side, side, 3)), jnp.float32)
+    weights = jnp.asarray(rng.standard_normal((kernel, kernel, 3, 5)), jnp.float32)
+    plain = jax.lax.conv_general_dilated(
+        x, weights, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    ours = layers._convolve(x, weights, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    np.testing.assert_allclose(ours, plain, atol=1e-5)
