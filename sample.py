@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags. What is not given is None until `complete` fills it in, from a picture or with its default."""
+    """The flags. What is not given is None until `complete` fills it in."""
     summary, details = __doc__.split("\n", 1)
     parser = Parser("sample.py", description=summary, epilog=details, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -83,7 +83,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--progress", action="store_true", help="show a bar for the steps of each batch")
     add("--verbose", action="store_true", help="tell what is loaded, compiled and how long it takes")
     add("--debug", action="store_true", help="show where an error arose")
-    return complete(parser.parse_args(argv), parser)
+    args = parser.parse_args(argv)
+    if args.from_png is not None:
+        return args  # `run` completes it
+    if args.workdir is None:
+        parser.error("the following arguments are required: --workdir")
+    return complete(args, {})
 
 
 def _add_conditions(add: Callable) -> None:
@@ -156,20 +161,14 @@ def _numbers(kind: type, count: int = 0) -> Callable[[str], list]:
     return parse_numbers
 
 
-def complete(args: argparse.Namespace, parser: Parser) -> argparse.Namespace:
-    """Fills in what was not given, from the picture of --from_png or with defaults."""
-    try:
-        earlier = asked.read_request(args.from_png) if args.from_png else {}
-    except UserError as error:
-        parser.exit(2, f"sample.py: error: {error}\n")
+def complete(args: argparse.Namespace, earlier: dict[str, Any]) -> argparse.Namespace:
+    """Fills in what was not given, from the flags of an `earlier` picture or with defaults."""
     for name, value in (DEFAULTS | earlier).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.index = earlier.get("index")
     if args.index is not None and args.num_samples is None:
         args.num_samples = args.index + 1
-    if args.workdir is None:
-        parser.error("the following arguments are required: --workdir")
     return args
 
 
@@ -177,6 +176,8 @@ def complete(args: argparse.Namespace, parser: Parser) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.from_png is not None:
+        args = complete(args, asked.read_request(args.from_png))
     config = request.read_config(args.workdir)
     wanted = asked.plan(args, config)
     if args.interactive and not {"tokens", "label"} & set(request.condition_fields(config)):
