@@ -5,6 +5,7 @@ network is told. Between the timesteps of the schedule, t is fractional and log(
 """
 
 import dataclasses
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -36,12 +37,12 @@ class Grid:
         """n, the number of steps."""
         return len(self.t) - 1
 
-    @property
+    @cached_property
     def noise_level(self) -> Float[np.ndarray, "levels"]:
         """sigma / alpha, the "sigma" of Karras et al. 2022."""
         return self.sigma / self.alpha
 
-    @property
+    @cached_property
     def log_snr(self) -> Float[np.ndarray, "levels"]:
         """lambda = log(alpha / sigma), half the logarithm of the signal-to-noise ratio; infinite for clean data."""
         with np.errstate(divide="ignore"):
@@ -84,7 +85,7 @@ def make(method: str, schedule: NoiseSchedule, steps: int, spacing: str = "clean
         return _of_log_alphas(schedule, np.linspace(total - 1, 0, steps + 1))
     if spacing == "linspace":
         t = np.linspace(total - 1, 0, steps)
-        return _of_noise_levels(schedule, np.exp(np.interp(t, np.arange(total), _log_noise(schedule))))
+        return _of_noise_levels(schedule, np.exp(np.interp(t, np.arange(total), schedule.log_noise_level)))
     t = _timesteps(method, total, steps, spacing)[::-1]
     acp = schedule.alphas_cumprod[t]
     ends_noisy = spacing.startswith("reference") and method in ("ddim", "plms")
@@ -133,20 +134,16 @@ def _reference_timesteps(method: str, total: int, steps: int) -> Shaped[np.ndarr
     return visited
 
 
-def _log_noise(schedule: NoiseSchedule) -> Float[np.ndarray, "t"]:
-    return (np.log1p(-schedule.alphas_cumprod) - np.log(schedule.alphas_cumprod)) / 2
-
-
 def _noise_levels(schedule: NoiseSchedule, steps: int, spacing: str) -> Float[np.ndarray, "s"]:
     """Descending, from the schedule's largest noise level to its smallest."""
-    low, high = np.exp(_log_noise(schedule)[[0, -1]])
+    low, high = np.exp(schedule.log_noise_level[[0, -1]])
     if spacing == "exponential":
         return np.exp(np.linspace(np.log(high), np.log(low), steps))
     return np.linspace(high ** (1 / RHO), low ** (1 / RHO), steps) ** RHO  # Karras et al. 2022, eq. 5
 
 
 def _of_noise_levels(schedule: NoiseSchedule, noise_level: Float[np.ndarray, "s"]) -> Grid:
-    t = np.interp(np.log(noise_level), _log_noise(schedule), np.arange(schedule.timesteps))
+    t = np.interp(np.log(noise_level), schedule.log_noise_level, np.arange(schedule.timesteps))
     noise_level = np.append(noise_level, 0.0)
     alpha = 1 / np.sqrt(1 + noise_level**2)
     return Grid(np.append(t, 0.0), alpha, noise_level * alpha)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num
 
+from latent_diffusion.diffusion import process
 from latent_diffusion.diffusion.process import broadcast_to_image
 from latent_diffusion.diffusion.samplers import DenoiseFn
 from latent_diffusion.diffusion.schedule import NoiseSchedule, check_parameterization
@@ -103,13 +104,10 @@ def corrected(
     check_parameterization(parameterization)
 
     def denoise(z_t: Array, t: Array) -> Array:
-        prediction = denoise_fn(z_t, t)
-        alpha, sigma = (broadcast_to_image(level, z_t) for level in schedule.levels(t))
-        eps = correction(_eps(parameterization, prediction, z_t, alpha, sigma), z_t, t)
-        if parameterization == "eps":
-            return eps
-        x0 = (z_t - sigma * eps) / alpha
-        return x0 if parameterization == "x0" else alpha * eps - sigma * x0
+        level = process.levels(schedule, t, z_t)
+        eps = correction(process.eps_of(parameterization, denoise_fn(z_t, t), z_t, **level), z_t, t)
+        x0 = (z_t - level["sigma"] * eps) / level["alpha"]
+        return process.prediction_of(parameterization, x0, eps, **level)
 
     return denoise
 
@@ -140,11 +138,12 @@ def toward(
     check_parameterization(parameterization)
 
     def denoise(z_t: Array, t: Array) -> Array:
-        alpha, sigma = (broadcast_to_image(level, z_t) for level in schedule.levels(t))
+        level = process.levels(schedule, t, z_t)
+        alpha, sigma = level["alpha"], level["sigma"]
 
         def far(z: Array) -> tuple[Array, Array]:
             prediction = denoise_fn(z, t)
-            eps = _eps(parameterization, prediction, z, alpha, sigma)
+            eps = process.eps_of(parameterization, prediction, z, **level)
             return distance((z - sigma * eps) / alpha).sum(), prediction
 
         gradient, prediction = jax.grad(far, has_aux=True)(z_t)
@@ -154,11 +153,3 @@ def toward(
         return prediction + factor * s * sigma * gradient
 
     return denoise
-
-
-def _eps(parameterization: str, prediction: Array, z_t: Array, alpha: Array, sigma: Array) -> Array:
-    if parameterization == "eps":
-        return prediction
-    if parameterization == "v":
-        return sigma * z_t + alpha * prediction
-    return (z_t - alpha * prediction) / sigma

@@ -9,7 +9,7 @@ and any of them gives the others by a linear map, because alpha^2 + sigma^2 = 1.
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from latent_diffusion.diffusion.schedule import NoiseSchedule, check_parameterization, gather
 from latent_diffusion.errors import choose
@@ -27,6 +27,48 @@ def q_sample(
     return broadcast_to_image(schedule.alpha(t), z_0) * z_0 + broadcast_to_image(schedule.sigma(t), z_0) * eps
 
 
+def x0_of(
+    parameterization: str, prediction: Array, z_t: Array, *, alpha: Array, sigma: Array, inverse_alpha: Array,
+    noise_level: Array,
+) -> Array:
+    """The data that a prediction implies at one noise level, whose four numbers must broadcast.
+
+    inverse_alpha: 1 / alpha, and noise_level: sigma / alpha, of float64 quotients: at the noisy end they reach 100 and
+    more.
+    """
+    if parameterization == "x0":
+        return prediction
+    if parameterization == "v":
+        return alpha * z_t - sigma * prediction
+    return inverse_alpha * z_t - noise_level * prediction
+
+
+def eps_of(parameterization: str, prediction: Array, z_t: Array, *, alpha: Array, sigma: Array) -> Array:
+    """The noise that a prediction implies at one noise level, whose numbers must broadcast."""
+    if parameterization == "eps":
+        return prediction
+    if parameterization == "v":
+        return sigma * z_t + alpha * prediction
+    return (z_t - alpha * prediction) / sigma
+
+
+def prediction_of(parameterization: str, x0: Array, eps: Array, *, alpha: Array, sigma: Array) -> Array:
+    """What is predicted where data and noise are these, at one noise level, whose numbers must broadcast."""
+    if parameterization == "eps":
+        return eps
+    if parameterization == "x0":
+        return x0
+    return alpha * eps - sigma * x0
+
+
+def levels(
+    schedule: NoiseSchedule, t: Num[Array, "b"], like: Float[Array, "b ..."]
+) -> dict[str, Float[Array, "b ..."]]:
+    """``alpha`` and ``sigma`` at timesteps, which may be fractional, with axes to multiply arrays like `like`."""
+    alpha, sigma = schedule.levels(t)
+    return {"alpha": broadcast_to_image(alpha, like), "sigma": broadcast_to_image(sigma, like)}
+
+
 def to_x0(
     schedule: NoiseSchedule,
     parameterization: str,
@@ -36,15 +78,10 @@ def to_x0(
 ) -> Float[Array, "b ..."]:
     """The data that a prediction implies. UserError if `parameterization` is unknown."""
     check_parameterization(parameterization)
-    if parameterization == "x0":
-        return prediction
-    if parameterization == "v":
-        alpha, sigma = broadcast_to_image(schedule.alpha(t), z_t), broadcast_to_image(schedule.sigma(t), z_t)
-        return alpha * z_t - sigma * prediction
-    # The quotients are formed in float64: sigma / alpha reaches 100 and more at the noisy end.
-    inverse_alpha = gather(1 / np.sqrt(schedule.alphas_cumprod), t)
-    ratio = gather(np.sqrt(1 / schedule.alphas_cumprod - 1), t)
-    return broadcast_to_image(inverse_alpha, z_t) * z_t - broadcast_to_image(ratio, z_t) * prediction
+    inverse_alpha = broadcast_to_image(gather(1 / np.sqrt(schedule.alphas_cumprod), t), z_t)
+    noise_level = broadcast_to_image(gather(np.sqrt(1 / schedule.alphas_cumprod - 1), t), z_t)
+    return x0_of(parameterization, prediction, z_t, **levels(schedule, t, z_t), inverse_alpha=inverse_alpha,
+                 noise_level=noise_level)
 
 
 def to_eps(
@@ -56,12 +93,7 @@ def to_eps(
 ) -> Float[Array, "b ..."]:
     """The noise that a prediction implies. UserError if `parameterization` is unknown."""
     check_parameterization(parameterization)
-    if parameterization == "eps":
-        return prediction
-    alpha, sigma = broadcast_to_image(schedule.alpha(t), z_t), broadcast_to_image(schedule.sigma(t), z_t)
-    if parameterization == "v":
-        return sigma * z_t + alpha * prediction
-    return (z_t - alpha * prediction) / sigma
+    return eps_of(parameterization, prediction, z_t, **levels(schedule, t, z_t))
 
 
 def target(
@@ -73,11 +105,7 @@ def target(
 ) -> Float[Array, "b ..."]:
     """What a network should predict at z_t = q_sample(z_0, t, eps). UserError if `parameterization` is unknown."""
     check_parameterization(parameterization)
-    if parameterization == "eps":
-        return eps
-    if parameterization == "x0":
-        return z_0
-    return broadcast_to_image(schedule.alpha(t), z_0) * eps - broadcast_to_image(schedule.sigma(t), z_0) * z_0
+    return prediction_of(parameterization, z_0, eps, **levels(schedule, t, z_0))
 
 
 def posterior_mean(

@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, Num
 
-from latent_diffusion.diffusion import grids, solvers
+from latent_diffusion.diffusion import grids, process, solvers
 from latent_diffusion.diffusion.schedule import NoiseSchedule, check_parameterization
 from latent_diffusion.errors import UserError, choose
 
@@ -180,7 +180,11 @@ def _call(
         base, here = jnp.where(row["base_is_here"], held, base), held
 
     prediction = denoise_fn(here, jnp.full(here.shape[:1], row["t"])).astype(jnp.float32)
-    x0, eps = _limited(asked, method, *_x0_and_eps(asked.parameterization, prediction, here, row), here, row)
+    level = {name: row[name] for name in ("alpha", "sigma")}
+    x0 = process.x0_of(asked.parameterization, prediction, here, **level, inverse_alpha=row["inverse_alpha"],
+                       noise_level=row["noise_level"])
+    eps = process.eps_of(asked.parameterization, prediction, here, **level)
+    x0, eps = _limited(asked, method, x0, eps, here, row)
     terms = {"base": base, "x0": x0, "eps": eps} | {f"history{j + 1}": past for j, past in enumerate(history)}
     if method.noisy:
         terms["noise"] = asked.temperature * _noise(rng, asked.indices, row["counter"], here.shape)
@@ -216,15 +220,6 @@ def _noised(asked: Options, rng: Key[Array, ""], row: Row) -> Array:
     return row["alpha"] * z_0 + row["sigma"] * _noise(rng, asked.indices, row["counter"] + MASK_NOISE, z_0.shape)
 
 
-def _x0_and_eps(parameterization: str, prediction: Array, z: Array, row: Row) -> tuple[Array, Array]:
-    """What a prediction says of data and noise, as `process.to_x0` and `to_eps`, but between timesteps, too."""
-    if parameterization == "eps":
-        return row["inverse_alpha"] * z - row["noise_level"] * prediction, prediction
-    if parameterization == "v":
-        return row["alpha"] * z - row["sigma"] * prediction, row["sigma"] * z + row["alpha"] * prediction
-    return prediction, (z - row["alpha"] * prediction) / row["sigma"]
-
-
 def _limited(
     asked: Options, method: solvers.Method, x0: Array, eps: Array, z: Array, row: Row
 ) -> tuple[Array, Array]:
@@ -238,7 +233,7 @@ def _limited(
     if asked.x0_fn is not None:
         x0 = asked.x0_fn(x0)
     if asked.threshold or asked.clip_x0 or (asked.x0_fn is not None and method.history == "eps"):
-        eps = (z - row["alpha"] * x0) / row["sigma"]
+        eps = process.eps_of("x0", x0, z, alpha=row["alpha"], sigma=row["sigma"])
     return x0, eps
 
 

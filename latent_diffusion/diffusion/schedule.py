@@ -88,6 +88,11 @@ class NoiseSchedule:
         return np.append(1.0, self.alphas_cumprod[:-1])
 
     @cached_property
+    def log_noise_level(self) -> np.ndarray:
+        """(T,) float64, log(sigma / alpha), ascending."""
+        return (np.log1p(-self.alphas_cumprod) - np.log(self.alphas_cumprod)) / 2
+
+    @cached_property
     def posterior_variance(self) -> np.ndarray:
         """(T,) float64, the variance of the ancestral step (Ho et al., eq. 7); starts with 0 when v_posterior is 0."""
         return posterior(self.alphas_cumprod, self.alphas_cumprod_prev, self.v_posterior)["variance"]
@@ -120,14 +125,14 @@ class NoiseSchedule:
         interpolated."""
         if jnp.issubdtype(t.dtype, jnp.integer):
             return self.alpha(t), self.sigma(t)
-        log_noise = (np.log1p(-self.alphas_cumprod) - np.log(self.alphas_cumprod)) / 2
-        noise_level = jnp.exp(jnp.interp(t, jnp.arange(self.timesteps, dtype=jnp.float32), jnp.asarray(log_noise)))
+        grid = jnp.arange(self.timesteps, dtype=jnp.float32)
+        noise_level = jnp.exp(jnp.interp(t, grid, jnp.asarray(self.log_noise_level)))
         alpha = jax.lax.rsqrt(1 + noise_level**2)
         return alpha, noise_level * alpha
 
     def log_snr(self, t: Int[Array, "..."]) -> Float[Array, "..."]:
         """log(alpha(t)^2 / sigma(t)^2), natural logarithm; float32."""
-        return gather(np.log(self.alphas_cumprod) - np.log1p(-self.alphas_cumprod), t)
+        return gather(-2 * self.log_noise_level, t)
 
     def lvlb_weights(self, parameterization: str) -> np.ndarray:
         """Weights of the variational bound's terms, (T,) float64, as CompVis latent-diffusion computes them.

@@ -87,8 +87,7 @@ def heun(grid: Grid, v_posterior: float, eta: Any) -> Calls:
         euler_step = {"x0": grid.alpha[i + 1], "eps": grid.sigma[i + 1]}
         rows.append((i, euler_step, euler_step if clean else {"base": 1.0}, True))
         if not clean:
-            ratio, slope = _flow(grid, i)
-            both = {"base": ratio, "eps": slope / 2, "history1": slope / 2}
+            both = _mean_of_two(grid, i)
             rows.append((i + 1, both, both, False))
     return _collect(rows)
 
@@ -120,8 +119,7 @@ def plms(grid: Grid, v_posterior: float, eta: Any) -> Calls:
     made twice: with eps there, and then with the mean of that eps and the one at the point it led to, which is not used
     again.
     """
-    ratio, slope = _flow(grid, 0)
-    second = {"base": ratio, "eps": slope / 2, "history1": slope / 2}
+    (ratio, slope), second = _flow(grid, 0), _mean_of_two(grid, 0)
     rows = [(0, {"base": ratio, "eps": slope}, {"base": 1.0}, True), (min(1, grid.steps - 1), second, second, False)]
     for i in range(1, grid.steps):
         ratio, slope = _flow(grid, i)
@@ -142,8 +140,7 @@ def dpmpp_2m(grid: Grid, v_posterior: float, eta: Any) -> Calls:
         last = i == grid.steps - 1 and (grid.sigma[-1] == 0 or grid.steps < 15)
         step = {"base": ratio, "x0": gain}
         if i > 0 and not last:
-            extra = gain * h / (2 * h_before)
-            step |= {"x0": gain + extra, "history1": -extra}
+            step |= _extrapolated(gain, h / h_before)
         rows.append((i, step, None, True))
     return _collect(rows)
 
@@ -157,8 +154,7 @@ def dpmpp_2m_sde(grid: Grid, v_posterior: float, eta: Any) -> Calls:
         gain = -grid.alpha[i + 1] * np.expm1(-2 * h)
         step = {"base": ratio * np.exp(-h), "x0": gain, "noise": grid.sigma[i + 1] * np.sqrt(-np.expm1(-2 * h))}
         if i > 0 and grid.sigma[i + 1] > 0:
-            extra = gain * h / (2 * h_before)
-            step |= {"x0": gain + extra, "history1": -extra}
+            step |= _extrapolated(gain, h / h_before)
         rows.append((i, step, None, True))
     return _collect(rows)
 
@@ -224,6 +220,18 @@ def _flow(grid: Grid, i: int) -> tuple[float, float]:
     """(a, b) of z' = a z + b eps along the probability flow with constant eps, from level i to i + 1."""
     ratio = grid.alpha[i + 1] / grid.alpha[i]
     return ratio, grid.alpha[i + 1] * (grid.noise_level[i + 1] - grid.noise_level[i])
+
+
+def _mean_of_two(grid: Grid, i: int) -> dict[str, float]:
+    """The step from level i to i + 1 with the mean of eps at this call and the one before."""
+    ratio, slope = _flow(grid, i)
+    return {"base": ratio, "eps": slope / 2, "history1": slope / 2}
+
+
+def _extrapolated(gain: float, ratio: float) -> dict[str, float]:
+    """`gain` times x0 in the middle of the step, on the line through this and the one before; `ratio` of the steps."""
+    extra = gain * ratio / 2
+    return {"x0": gain + extra, "history1": -extra}
 
 
 def _exponential(grid: Grid, i: int) -> tuple[float, float, float, float]:
