@@ -22,6 +22,7 @@ if __name__ == "__main__":
 import argparse  # noqa: E402
 import concurrent.futures  # noqa: E402
 import contextlib  # noqa: E402
+import functools  # noqa: E402
 import logging  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
@@ -193,20 +194,21 @@ def run(args: argparse.Namespace) -> int:
     common = {name: getattr(args, name) for name in HOW} | {
         name: getattr(settings, name) for name in ("sampler", "steps", "eta", "seed", "spacing")} | {
         "workdir": args.workdir, "step": step, "tile": settings.tile or None, "overlap": settings.overlap or None}
-    metadata = [outputs.about(wanted, common, number) for number in range(wanted["number"])]
-    numbers = list(range(wanted["number"])) if args.index is None else [args.index]
+    metadata = functools.partial(outputs.about, wanted, common)
+    numbers = every = range(wanted["number"]) if args.index is None else [args.index]
     if args.resume:
-        numbers = [number for number in outputs.missing(output, metadata) if number in set(numbers)]
-        print(f"{wanted['number'] - len(numbers)} of {wanted['number']} pictures are there already")
+        numbers = outputs.missing(output, every, metadata)
+        print(f"{len(every) - len(numbers)} of {len(every)} pictures are there already")
+    numbers = numbers[jax.process_index() :: jax.process_count()]  # each process draws its share
 
     logging.info("loading %s, step %s", args.workdir, step)
     model = pipeline.LatentDiffusion.from_workdir(args.workdir, args.step)
     options = wanted["options"] | dict(batch_size=args.batch_size, num_samples=wanted["number"], weak=weak_model(args))
-    batches = model.sample_batches(wanted["prompts"], wanted["labels"], **options, only=numbers[mine()])
+    batches = model.sample_batches(wanted["prompts"], wanted["labels"], **options, only=numbers)
     if args.overwrite and parallel.is_first_process():
         outputs.remove_earlier(output)
     parallel.barrier()
-    draw(args, output, batches if numbers[mine()] else iter(()), numbers[mine()], metadata, settings)
+    draw(args, output, batches, numbers, metadata, settings)
     parallel.barrier()
     if parallel.is_first_process() and args.index is None:
         outputs.save_together(output, wanted, wanted["number"], common, columns=args.columns, npz=args.npz,
@@ -215,11 +217,6 @@ def run(args: argparse.Namespace) -> int:
     if args.interactive:
         converse(args, model, output, wanted, options, common)
     return 0
-
-
-def mine() -> slice:
-    """Which of the pictures this process draws."""
-    return slice(jax.process_index(), None, jax.process_count())
 
 
 def weak_model(args: argparse.Namespace) -> pipeline.LatentDiffusion | None:
@@ -231,9 +228,9 @@ def weak_model(args: argparse.Namespace) -> pipeline.LatentDiffusion | None:
 
 def draw(
     args: argparse.Namespace, output: epath.Path, batches: Iterator, numbers: Sequence[int],
-    metadata: Sequence[dict[str, Any]], settings: Any,
+    metadata: Callable[[int], dict[str, Any]], settings: Any,
 ) -> None:
-    """Draws and writes pictures, and says how fast."""
+    """Draws and writes pictures, and says how fast. metadata: of a picture, by its number."""
     began, first_done, at_once, frames, done = time.monotonic(), None, 0, [], 0
     bar = tqdm(total=len(numbers), desc=f"{settings.sampler}, {settings.steps} steps", unit="picture",
                dynamic_ncols=True, disable=not parallel.is_first_process() or not numbers)
@@ -241,7 +238,7 @@ def draw(
         with bar, steps_bar(args, settings):
             for batch in batches:
                 for number, image in zip(numbers[done:], batch.images, strict=False):
-                    images.save_png(outputs.file_of(output, number), image, metadata[number])
+                    images.save_png(outputs.file_of(output, number), image, metadata(number))
                 if batch.frames is not None and len(frames) < outputs.MAX_IN_MOTION:
                     frames += list(batch.frames)
                 done += len(batch.images)
@@ -303,9 +300,8 @@ def converse(
         except UserError as error:
             print(error, file=sys.stderr)
             continue
-        now = wanted | {"prompts": prompts, "labels": labels, "number": number + each}
-        numbers = list(range(number, number + each))
-        metadata = [outputs.about(now, common, i) for i in range(number + each)]
+        now, numbers = wanted | {"prompts": prompts, "labels": labels}, range(number, number + each)
+        metadata = functools.partial(outputs.about, now, common)
         changed = options | {"num_samples": number + each, "batch_size": each}
         batches = model.sample_batches(prompts, labels, **changed, only=numbers)
         draw(args, output, batches, numbers, metadata, wanted["settings"])

@@ -31,9 +31,8 @@ def plan(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     Returns:
       prompts, labels, negative_prompts, layouts: one for each picture in turn, or None. titles: of the parts of the
       grid that they belong to. number: of pictures; conditions: how many they share. names, object_names: of classes.
-      given: pictures and maps. options: arguments of `pipeline.LatentDiffusion.sample_batches`. files: names of files,
-        by flag.
-      settings: `settings.Settings`.
+      given: pictures and maps. options: arguments of `pipeline.LatentDiffusion.sample_batches`. files: names of files
+      by flag. settings: `settings.Settings`.
 
     Raises:
       UserError: whatever cannot be drawn.
@@ -55,7 +54,7 @@ def plan(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     given = {name: np.repeat(x, each, axis=0) for name, x in given.items()}
     lengths = [len(x) for x in (*per_picture.values(), *given.values(), vectors) if x is not None]
     count = max([1, *lengths])
-    number = _number(args, count if asked else 0, count if each > 1 or args.interpolate else 0)
+    number = _number(args, count if asked else 0, args.interpolate or (count if each > 1 else 0))
     if len(per_picture["titles"] or ()) != count:
         per_picture["titles"] = [""] * count
     options, settings = _options(args, config, given, table)
@@ -74,7 +73,6 @@ def _number(args: argparse.Namespace, asked: int, exact: int) -> int:
     for flag in ("num_samples", "batch_size", "columns", "samples_per_label", "interpolate", "progressive"):
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UserError(f"--{flag} {value} must be 1 or more")
-    exact = args.interpolate or exact
     number = args.num_samples if args.num_samples is not None else exact or asked or 16
     if asked and number < asked:
         raise UserError(f"--num_samples {number} is less than the {asked} conditions that are given")
@@ -97,12 +95,9 @@ def _options(
             raise UserError("--interpolate goes from the noise of --seed to that of --variation_seed; give that, and "
                             "not --variation")
         variation, others["same_noise"] = np.linspace(0, 1, args.interpolate), True
-    if (variation is None) != (args.variation_seed is None):
-        raise UserError("--variation and --variation_seed must be given together")
-    takes_image = "image" in request.map_fields(config)
-    maps = request.resolve_maps(config, **{name: x for name, x in given.items() if name in ("segmentation", "low_res")
-                                           or (takes_image and name in ("image", "mask"))})
-    edit = {} if takes_image else editing.resolve(config, given.get("image"), given.get("mask"), args.strength)
+    editing.resolve_variation(variation, args.variation_seed)
+    maps, edit = editing.resolve_all(
+        config, args.strength, **{name: x for name, x in given.items() if name != "upsample"})
     size = settings_lib.size_of_maps(config, maps | edit, args.size)
     weak = args.weak_workdir is not None or args.weak_step is not None
     resolved = settings_lib.resolve(config, size=size, weak=weak, **settings)

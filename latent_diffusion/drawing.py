@@ -51,17 +51,8 @@ def joined(batches: Iterator[Samples]) -> Samples:
     return Samples(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "latents")), frames)
 
 
-def noise_arrays(
-    model: Any, asked: settings_lib.Settings, noise: np.ndarray | None, variation: Any, variation_seed: int | None
-) -> dict[str, np.ndarray]:
-    """Checks what is said of the noise that is started from."""
-    if (variation is None) != (variation_seed is None):
-        raise UserError("variation and variation_seed must be given together")
-    if variation is not None:
-        amount = np.atleast_1d(np.asarray(variation, np.float32))
-        if not np.all((amount >= 0) & (amount <= 1)):
-            raise UserError(f"variation={variation} must lie between 0 and 1")
-        return {"amount": amount}
+def given_noise(model: Any, asked: settings_lib.Settings, noise: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Checks the noise that is started from, instead of that of the seed, as an array of a batch; {} if none."""
     if noise is None:
         return {}
     if noise.shape[1:] != _latent_shape(model, asked) or not len(noise):
@@ -91,6 +82,8 @@ def batches(
     conditions: arrays with rows for the pictures in turn, picture k having row k modulo their number.
     Raises UserError where latents are not finite.
     """
+    if not len(positions):
+        return
     devices = jax.local_device_count()
     batch_size = math.ceil((batch_size or min(len(positions), BATCH_SIZE)) / devices) * devices
     start, draw = programs.compiled(program(model, asked, job))
@@ -153,4 +146,4 @@ def program(model: Any, asked: settings_lib.Settings, job: Job) -> programs.Prog
         weak=job.weak and job.weak.models, correction=job.correction and job.correction[0],
         upsample="small" in job.arrays, masked=job.masked, first=asked.first, varied=job.variation_seed is not None,
         frames=job.frames, report=job.report, tile=tile(asked.tile, asked.overlap),
-        decode_tile=tile(asked.decode_tile, asked.decode_tile // 4 // factor * factor))
+        decode_tile=tile(asked.decode_tile, settings_lib.quarter(asked.decode_tile, factor)))

@@ -1,7 +1,7 @@
 """Pictures that drawing begins with or keeps parts of: checked against a model, padded, extended. NumPy only.
 
-For models without a map of their own: those for inpainting see picture and mask in their channels,
-  `request.resolve_maps`.
+Models for inpainting see picture and mask in their channels, see `request.resolve_maps`; with all others they are known
+to the sampler alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from latent_diffusion import images, request, sizes
+from latent_diffusion import request, sizes
 from latent_diffusion.errors import UserError
+
+
+def resolve_all(
+    config: Any, strength: float | None, **given: np.ndarray | None
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Maps that the model sees and pictures that it does not: what `request.resolve_maps` and `resolve` return, of
+    segmentation, low_res, image and mask."""
+    own = request.map_fields(config)
+    edited = {} if "image" in own else {name: given.pop(name, None) for name in ("image", "mask")}
+    maps = request.resolve_maps(config, **given)
+    return maps, resolve(config, **edited, strength=strength) if edited else {}
 
 
 def resolve(
@@ -36,15 +47,15 @@ def resolve(
     if mask is None and strength is None:
         raise UserError("image: say what to do with it, by a mask of what to paint, or a strength (0 .. 1) of "
                         "change")
-    pictures = _pictures(image, config.data.channels, "image")
+    pictures = request.picture_rows(image, config.data.channels, "image")
     if mask is None:
         return {"image": pictures}
     mask = np.asarray(mask)
     if mask.ndim not in (2, 3):
         raise UserError(f"mask has the shape {mask.shape}; it must be (h, w) or (n, h, w)")
-    masks = np.stack([images.is_white(part)[..., None] for part in mask.reshape(-1, *mask.shape[-2:])])
+    masks = request.mask_rows(mask)
     request.check_mask(masks, pictures)
-    return {"image": pictures, "mask": masks.astype(np.float32)}
+    return {"image": pictures, "mask": masks}
 
 
 def resolve_small(
@@ -54,7 +65,7 @@ def resolve_small(
     h, w, c); the picture's size must be a multiple. Raises UserError."""
     if small is None:
         return {}
-    pictures = _pictures(small, config.data.channels, "upsample")
+    pictures = request.picture_rows(small, config.data.channels, "upsample")
     size = size or (config.data.image_size,) * 2
     h, w = pictures.shape[1:3]
     if size[0] % h or size[1] % w or size[0] // h != size[1] // w:
@@ -63,12 +74,19 @@ def resolve_small(
     return {"small": pictures}
 
 
-def _pictures(x: np.ndarray, channels: int, name: str) -> Float[np.ndarray, "n h w c"]:
-    x = np.asarray(x)
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[-1] != channels or not x.size:
-        raise UserError(f"{name} must be a picture of 8 bits with {channels} channels, uint8 (h, w, {channels}) or "
-                        "one axis more")
-    return x.reshape(-1, *x.shape[-3:]).astype(np.float32) / 127.5 - 1
+def resolve_variation(
+    variation: float | Sequence[float] | None, variation_seed: int | None
+) -> dict[str, Float[np.ndarray, "n"]]:
+    """How far the noise is turned toward that of `variation_seed`, as an array of a batch; {} if it is not. Raises
+    UserError: one without the other, or not in 0 .. 1."""
+    if (variation is None) != (variation_seed is None):
+        raise UserError("variation and variation_seed must be given together")
+    if variation is None:
+        return {}
+    amount = np.atleast_1d(np.asarray(variation, np.float32))
+    if not np.all((amount >= 0) & (amount <= 1)):
+        raise UserError(f"variation={variation} must lie between 0 and 1")
+    return {"amount": amount}
 
 
 def outpaint(

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,24 +49,25 @@ def file_of(output: epath.Path, number: int) -> epath.Path:
     return output / f"{number:06d}.png"
 
 
-def missing(output: epath.Path, metadata: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The numbers of the pictures that are not there yet.
+def missing(
+    output: epath.Path, numbers: Sequence[int], metadata: Callable[[int], Mapping[str, Any]]
+) -> list[int]:
+    """Those of the pictures `numbers` that are not there yet.
 
-    metadata: of each picture, as `save` would write it. Raises UserError where a picture is there with other metadata,
-      or
-    cannot be read.
+    metadata: of a picture, by its number. Raises UserError where a picture is there with other metadata, or cannot be
+    read.
     """
-    numbers = []
-    for number, about in enumerate(metadata):
+    found_missing = []
+    for number in numbers:
         path = file_of(output, number)
         if not path.exists():
-            numbers.append(number)
-        elif (found := _text(path, whole=True)).get(REQUEST) != about[REQUEST]:
-            ours, theirs = (json.loads(x.get(REQUEST, "{}")) for x in (about, found))
+            found_missing.append(number)
+        elif (found := _text(path, whole=True)).get(REQUEST) != (wanted := metadata(number))[REQUEST]:
+            ours, theirs = (json.loads(x.get(REQUEST, "{}")) for x in (wanted, found))
             differing = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
             raise UserError(f"--resume: {path} was made with other settings or is damaged (it differs in "
                             f"{', '.join(differing) or 'its metadata'}); give another --output, or --overwrite")
-    return numbers
+    return found_missing
 
 
 def _text(path: epath.Path, whole: bool = False) -> dict[str, str]:

@@ -199,10 +199,9 @@ class LatentDiffusion:
           UserError: see `settings.resolve` and the functions of `request` and `editing`; also, latents that are not
             finite.
         """
-        config, takes_image = self.config, "image" in request.map_fields(self.config)
-        maps = request.resolve_maps(config, segmentation=segmentation, low_res=low_res,
-                                    **(dict(image=image, mask=mask) if takes_image else {}))
-        edit = {} if takes_image else editing.resolve(config, image, mask, strength)
+        config = self.config
+        maps, edit = editing.resolve_all(
+            config, strength, segmentation=segmentation, low_res=low_res, image=image, mask=mask)
         asked = settings_lib.resolve(
             config, size=settings_lib.size_of_maps(config, maps | edit, size), strength=strength, weak=weak is not None,
             **settings)
@@ -218,14 +217,15 @@ class LatentDiffusion:
                 raise UserError(f"{name}={value} must be 1 or more")
         if negative_prompts is not None:
             arrays["negative_tokens"] = self._negative_tokens(negative_prompts)
-        arrays |= drawing.noise_arrays(self, asked, noise, variation, variation_seed)
+        arrays |= editing.resolve_variation(variation, variation_seed) or drawing.given_noise(self, asked, noise)
         conditions = self.conditions(prompts, labels, number, layouts, settings_lib.patches(config, asked), vectors)
         nothing_given = prompts is None and labels is None and layouts is None and vectors is None
         if nothing_given and negative_prompts is None and weak is None:  # nothing to be guided to
             asked = dataclasses.replace(asked, guided=False)
         drawing.check_weak(self, weak)
-        job = drawing.Job(arrays=arrays, masked="mask" in edit, variation_seed=variation_seed, same_noise=same_noise,
-                   upsample_scale=upsample_scale, weak=weak, correction=correction, frames=frames, report=report)
+        job = drawing.Job(
+            arrays=arrays, masked="mask" in edit, variation_seed=variation_seed, same_noise=same_noise,
+            upsample_scale=upsample_scale, weak=weak, correction=correction, frames=frames, report=report)
         positions = np.arange(number) if only is None else np.asarray(only, np.int64)
         return drawing.batches(self, asked, conditions, positions, batch_size, job)
 

@@ -76,22 +76,30 @@ class Program:
     tile: Tile | None = None
     decode_tile: Tile | None = None
 
+    @property
+    def coder_tile(self) -> Tile | None:
+        """Patches of the encoder and the decoder."""
+        return self.tile or self.decode_tile
+
 
 # --- the two programs of a sampler -----------------------------------------------------------------------------------
 
 
-def start(shared: Mapping[str, Any], batch: Mapping[str, Array], *, program: Program) -> Array:
+def start(
+    shared: Mapping[str, Any], batch: Mapping[str, Array], *, latent_shape: tuple[int, int, int], varied: bool,
+    encoder: tuple[models.Models, Tile | None] | None,
+) -> Array:
     """Where the sampler starts, (b, h, w, c): noise of `shared` ``key`` and the pictures' numbers; turned by ``amount``
-    toward that of ``variation_key``, if varied; for image-to-image, on top of the encoded ``image`` (``alpha``,
-    ``sigma``)."""
-    shape = (batch["index"].shape[0], *program.latent_shape)
+    toward that of ``variation_key``, if varied; with an encoder (image-to-image), on top of the encoded ``image``
+    (``alpha``, ``sigma``)."""
+    shape = (batch["index"].shape[0], *latent_shape)
     noise = samplers.initial_noise(shared["key"], batch["index"], shape)
-    if program.varied:
+    if varied:
         other = samplers.initial_noise(shared["variation_key"], batch["index"], shape)
         noise = process.slerp(noise, other, batch["amount"])
-    if program.first == 0:
+    if encoder is None:
         return noise
-    return shared["alpha"] * _encoded(shared, batch["image"], program) + shared["sigma"] * noise
+    return shared["alpha"] * _encoded(shared, batch["image"], *encoder) + shared["sigma"] * noise
 
 
 def draw(
@@ -115,7 +123,8 @@ def draw(
     TRACES["draw"] += 1
     params, known = shared["params"], None
     if program.masked:
-        known = samplers.Known(_encoded(shared, batch["image"], program), _kept(batch["mask"], program))
+        z_known = _encoded(shared, batch["image"], program.models, program.coder_tile)
+        known = samplers.Known(z_known, _kept(batch["mask"], program))
     z_0, frames = samplers.trajectory(
         _denoise_fn(shared, batch, program), program.schedule, shared["key"], z_T.shape, method=program.sampler,
         steps=program.steps, spacing=program.spacing, clip_x0=program.clip_x0, threshold=program.threshold,
@@ -139,16 +148,15 @@ def draw(
 @functools.lru_cache(maxsize=16)
 def compiled(program: Program) -> tuple[Callable, Callable]:
     """`start` and `draw`, on all local devices."""
-    of_start = dataclasses.replace(  # what it does not depend on
-        program, models=program.models if program.first else None, schedule=None, guidance="none", weak=None,
-        correction=None, parameterization="", sampler="", steps=0, conditioning=None, report=False)
+    encoder = (program.models, program.coder_tile) if program.first else None
     whole = program.size == tuple(side * program.models.first_stage.factor for side in program.latent_shape[:2])
-    return _compiled_start(of_start), parallel.pmap_draw(draw, donate=whole, program=program)
+    return (_compiled_start(program.latent_shape, program.varied, encoder),
+            parallel.pmap_draw(draw, donate=whole, program=program))
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_start(program: Program) -> Callable:
-    return parallel.pmap_local(start, program=program)
+def _compiled_start(latent_shape: tuple[int, int, int], varied: bool, encoder: Any) -> Callable:
+    return parallel.pmap_local(start, latent_shape=latent_shape, varied=varied, encoder=encoder)
 
 
 def to_uint8(x: Array) -> Array:
@@ -213,14 +221,11 @@ def _denoise_fn(shared: Mapping[str, Any], batch: Mapping[str, Array], program: 
     return denoise_fn
 
 
-def _encoded(shared: Mapping[str, Any], image: Array, program: Program) -> Array:
-    """Scaled latents of pictures, in pieces where the program has tiles."""
-    def encode(x: Array) -> Array:
-        return stage2.posterior(program.models, shared["params"]["first_stage"], x)[0]
-
-    tile = program.tile or program.decode_tile
-    return shared["scale_factor"] * (encode(image) if tile is None else tiles.tiled(
-        encode, image, tile.side * tile.factor, tile.overlap * tile.factor))
+def _encoded(shared: Mapping[str, Any], image: Array, networks: models.Models, tile: Tile | None) -> Array:
+    """Scaled latents of pictures, in pieces where there are tiles."""
+    encoder = functools.partial(_encode, shared["params"], scale_factor=shared["scale_factor"], models=networks)
+    return encoder(image) if tile is None else tiles.tiled(
+        encoder, image, tile.side * tile.factor, tile.overlap * tile.factor)
 
 
 def _kept(mask: Array, program: Program) -> Array:
@@ -239,7 +244,7 @@ def _quantized(shared: Mapping[str, Any], program: Program, z: Array) -> Array:
 def _decoded(params: Any, scale_factor: Array, program: Program, z: Array) -> Array:
     """Pictures, cut to the program's size."""
     decoder = functools.partial(_decode, params, scale_factor=scale_factor, models=program.models)
-    tile = program.tile or program.decode_tile
+    tile = program.coder_tile
     return _middle(program, decoder(z) if tile is None else tiles.tiled(decoder, z, *tile[:2]))
 
 

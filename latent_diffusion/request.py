@@ -189,15 +189,26 @@ def resolve_maps(config: Any, **given: np.ndarray | None) -> dict[str, np.ndarra
         if name == "segmentation":
             arrays[name] = check_classes(x.reshape(-1, *x.shape[-2:]).astype(np.int32), config)
         elif name == "mask":
-            x = x[..., 0] if x.ndim == 4 else x
-            arrays[name] = np.stack([images.is_white(part)[..., None] for part in x.reshape(-1, *x.shape[-2:])])
+            arrays[name] = mask_rows(x[..., 0] if x.ndim == 4 else x)
         else:
-            if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[-1] != config.data.channels:
-                raise UserError(f"{name} must be a picture of 8 bits with {config.data.channels} channels")
-            arrays[name] = x.reshape(-1, *x.shape[-3:]).astype(np.float32) / 127.5 - 1
+            arrays[name] = picture_rows(x, config.data.channels, name)
     if "mask" in arrays:
         check_mask(arrays["mask"], arrays["image"])
     return arrays
+
+
+def picture_rows(x: np.ndarray, channels: int, name: str) -> np.ndarray:
+    """Pictures uint8 (h, w, c) or (n, h, w, c) -> float32 (n, h, w, c) in [-1, 1]. Raises UserError for others."""
+    x = np.asarray(x)
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[-1] != channels or not x.size:
+        raise UserError(f"{name} must be a picture of 8 bits with {channels} channels, uint8 (h, w, {channels}) or "
+                        "one axis more")
+    return x.reshape(-1, *x.shape[-3:]).astype(np.float32) / 127.5 - 1
+
+
+def mask_rows(mask: np.ndarray) -> np.ndarray:
+    """Masks (h, w) or (n, h, w) as a user gives them, see `images.is_white` -> float32 (n, h, w, 1), 1 = paint here."""
+    return np.stack([images.is_white(part)[..., None] for part in mask.reshape(-1, *mask.shape[-2:])])
 
 
 def check_mask(masks: np.ndarray, pictures: np.ndarray) -> None:

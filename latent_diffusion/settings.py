@@ -78,9 +78,10 @@ def resolve(
     scale = options.guidance_scale if guidance_scale is None else guidance_scale
     scales = tuple(float(x) for x in np.atleast_1d(np.asarray(scale, np.float64)))
     guided = guidance_scale is not None or scales != (1.0,)
-    if weak and guidance_scale is None and not guided:
+    if weak and not guided:
         raise UserError("weak: say how far to move away from the weaker model, by guidance_scale")
     _check_numbers(config, values, seed)
+    grid = grids.make(values["sampler"], schedule_lib.from_config(config.diffusion), values["steps"], values["spacing"])
     _check_guidance(config, scales, weak)
     size = check_size(config, size)
     tile, overlap = _check_tile(config, tile, overlap)
@@ -88,9 +89,8 @@ def resolve(
         check_size(config, (decode_tile, decode_tile), "decode_tile")
     return Settings(
         **values, guidance_scale=scales, guided=guided and (weak or bool(request.condition_fields(config))),
-        seed=int(seed),
-        size=size, canvas=canvas(config, size), tile=tile, overlap=overlap, decode_tile=int(decode_tile or 0),
-        first=_first_step(config, values, strength))
+        seed=int(seed), size=size, canvas=canvas(config, size), tile=tile, overlap=overlap,
+        decode_tile=int(decode_tile or 0), first=_first_step(grid.steps, strength))
 
 
 def _check_numbers(config: Any, values: dict[str, Any], seed: int) -> None:
@@ -115,7 +115,6 @@ def _check_numbers(config: Any, values: dict[str, Any], seed: int) -> None:
     for name in ("clip_x0", "quantize_x0", "two_passes"):
         values[name] = bool(values[name])
     values["steps"] = int(steps)
-    grids.make(values["sampler"], schedule_lib.from_config(config.diffusion), values["steps"], values["spacing"])
 
 
 def _check_guidance(config: Any, scales: tuple[float, ...], weak: bool) -> None:
@@ -131,15 +130,14 @@ def _check_guidance(config: Any, scales: tuple[float, ...], weak: bool) -> None:
                             "cannot be guided; use guidance_scale 1")
 
 
-def _first_step(config: Any, values: dict[str, Any], strength: float | None) -> int:
+def _first_step(steps: int, strength: float | None) -> int:
     """Image-to-image runs the last int(strength * steps) of the steps, as the reference (its img2img.py), but at least
     one."""
     if strength is None:
         return 0
     if not 0 < strength <= 1:
         raise UserError(f"strength={strength} must be above 0 and at most 1")
-    grid = grids.make(values["sampler"], schedule_lib.from_config(config.diffusion), values["steps"], values["spacing"])
-    return min(grid.steps - max(1, int(strength * grid.steps + 1e-9)), grid.steps - 1)
+    return steps - max(1, int(strength * steps + 1e-9))
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
@@ -178,10 +176,15 @@ def _check_tile(config: Any, tile: int | None, overlap: int | None) -> tuple[int
         return 0, 0
     check_size(config, (tile, tile), "tile")
     factor = sizes.factor(config.first_stage.model)
-    overlap = tile // 4 // factor * factor if overlap is None else overlap
+    overlap = quarter(tile, factor) if overlap is None else overlap
     if overlap % factor or not 0 <= overlap < tile:
         raise UserError(f"overlap={overlap} must be a multiple of {factor} from 0 to {tile - factor}, less than tile")
     return int(tile), int(overlap)
+
+
+def quarter(tile: int, factor: int) -> int:
+    """A quarter of a tile's side, as a multiple of the first stage's factor: how far tiles overlap by default."""
+    return tile // 4 // factor * factor
 
 
 def patches(config: Any, asked: Settings) -> list[tuple[float, ...]]:
