@@ -26,6 +26,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "training" not in item.path.parts)
 
 
+@pytest.fixture
+def compile_cache_of_the_tests(monkeypatch):
+    """sample.py keeps one in the home directory otherwise."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+
+
 @pytest.fixture(autouse=True)
 def _flags_are_parsed():
     """grain's worker processes ask absl for flags, which only a program's main parses."""

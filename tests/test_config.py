@@ -1,11 +1,12 @@
 """The config grammar and its errors."""
 
-import importlib.util
 import pathlib
 
+import program_files
 import pytest
 
 from latent_diffusion import config as config_lib
+from latent_diffusion.diffusion import grids, samplers
 from latent_diffusion.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -13,9 +14,7 @@ FILES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "finet
 
 
 def load(name: str, argument: str = ""):
-    spec = importlib.util.spec_from_file_location(f"configs_{name}", CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = program_files.load(CONFIGS / f"{name}.py")
     return module if argument is None else module.get_config(argument)
 
 
@@ -110,3 +109,8 @@ def test_check_same_names_the_keys_and_lets_run_length_change():
         longer.training.num_steps *= 2
         longer.sampling.steps = 3
     config_lib.check_same(longer, ours, "somewhere")
+
+
+def test_samplers_and_spacings_that_there_are():
+    assert set(config_lib.CHOICES["sampling.sampler"]) == set(samplers.METHODS)
+    assert set(config_lib.CHOICES["sampling.spacing"]) == set(grids.SPACINGS)

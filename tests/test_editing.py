@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion import editing, images, models, pipeline
+from latent_diffusion import editing, images
 from latent_diffusion.diffusion import samplers
 from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.errors import UserError
@@ -15,23 +15,13 @@ from tests import tiny_models
 
 SCALE = 0.5
 PICTURE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-STEPS = 4
 
 
-def constant_model(eps: float = 0.0, channel_mult=(1,)) -> pipeline.LatentDiffusion:
-    """A model of pixels whose UNet predicts `eps` everywhere."""
-    c = tiny_models.config("none")
-    with c.unlocked():
-        c.first_stage.model.kind = "identity"
-        c.model.update(in_channels=3, out_channels=3, channel_mult=channel_mult)
-        c.data.image_size = 8
-        c.sampling.steps = STEPS
-    networks = models.build(c)
-    shapes = jax.eval_shape(networks.unet.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros((1,), jnp.int32))
-    unet = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes["params"])
-    unet["out_2"]["bias"] += np.float32(eps)
-    return pipeline.LatentDiffusion(c, networks, schedule_lib.from_config(c.diffusion),
-                                    {"unet": unet, "first_stage": {}}, scale_factor=SCALE)
+def constant_model(eps=0.0, **options):
+    model = tiny_models.constant_pixels(eps=eps, **options)
+    with model.config.unlocked():
+        model.config.sampling.steps = 4
+    return model
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from latent_diffusion import config as config_lib
-from latent_diffusion import defaults, drawing, models, parallel, pipeline, programs, request
+from latent_diffusion import defaults, drawing, parallel, pipeline, programs, request
 from latent_diffusion import settings as settings_lib
 from latent_diffusion.diffusion import samplers
-from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.errors import UserError
 from tests import tiny_models
 
@@ -34,28 +33,13 @@ def workdir(tmp_path_factory, both):
     return path
 
 
-def identity_model(kind: str = "none") -> pipeline.LatentDiffusion:
-    """A pixel model (factor 1) whose UNet predicts zeros."""
-    c = tiny_models.config(kind)
-    with c.unlocked():
-        c.first_stage.model.kind = "identity"
-        c.model.update(in_channels=3, out_channels=3, channel_mult=(1,))
-        c.data.image_size = 8
-    networks = models.build(c)
-    z, t = jnp.zeros((1, 8, 8, 3)), jnp.zeros((1,), jnp.int32)
-    label = t if kind == "class" else None
-    shapes = jax.eval_shape(networks.unet.init, jax.random.key(0), z, t, label=label)["params"]
-    params = {"unet": jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes), "first_stage": {}}
-    return pipeline.LatentDiffusion(c, networks, schedule_lib.from_config(c.diffusion), params, scale_factor=0.5)
-
-
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
 def test_ddim_of_a_network_that_predicts_no_noise_is_a_multiple_of_the_initial_noise():
     """eps = 0 makes every DDIM step z_prev = alpha_prev / alpha z_t (Song et al. 2021, eq. 12), so that all steps
     together give z_0 = z_T / alpha(T-1), whatever their number."""
-    model, seed, n = identity_model(), 5, 3
+    model, seed, n = tiny_models.constant_pixels(), 5, 3
     samples = model.sample(num_samples=n, steps=4, sampler="ddim", seed=seed)
 
     fold, key = jax.random.fold_in, jax.random.key(seed)
@@ -164,10 +148,11 @@ def traces(monkeypatch):
 
 
 def test_only_shapes_method_and_steps_recompile(traces):
-    model = identity_model()
+    model = tiny_models.constant_pixels()
     model.sample(num_samples=2, steps=2)
     model.sample(num_samples=4, batch_size=2, steps=2, eta=0.7, seed=9)
-    other = identity_model()  # networks built again, as training does for each of its grids, and other weights
+    # Networks built again, as training does for each of its grids, and other weights.
+    other = tiny_models.constant_pixels()
     other = dataclasses.replace(other, params=jax.tree.map(lambda x: x + 0.01, other.params), scale_factor=0.6)
     other.sample(num_samples=2, steps=2)
     assert len(traces) == 1
@@ -176,7 +161,7 @@ def test_only_shapes_method_and_steps_recompile(traces):
 
 
 def test_guidance_scale_does_not_recompile(traces):
-    model = identity_model("class")
+    model = tiny_models.constant_pixels("class")
     for scale in (1.0, 2.0, 7.5):
         model.sample(labels=[1], steps=1, guidance_scale=scale)
     assert len(traces) == 1
@@ -253,11 +238,11 @@ def test_impossible_settings(kind, options, settings, message):
 @pytest.mark.parametrize("numbers", [{"num_samples": 0}, {"batch_size": 0}])
 def test_impossible_numbers(numbers):
     with pytest.raises(UserError, match="must be 1 or more"):
-        identity_model().sample_batches(**numbers)
+        tiny_models.constant_pixels().sample_batches(**numbers)
 
 
 def test_latents_that_are_not_finite():
-    model = identity_model()
+    model = tiny_models.constant_pixels()
     model.params["unet"]["out_2"]["bias"][0] = np.nan
     with pytest.raises(UserError, match="latents of picture 0 are not finite"):
         model.sample(num_samples=1, steps=2)

@@ -1,11 +1,11 @@
 """Exact parameter counts of the published models, from the configs that train them."""
 
-import importlib.util
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
+import program_files
 import pytest
 
 from latent_diffusion import config as config_lib
@@ -59,10 +59,7 @@ OF_FACTOR = {"ldm2": "f2", "ldm4": "f4", "ldm8": "f8", "ldm16": "f16", "ldm32": 
 
 def load(name: str):
     file, variant = name.split(":")
-    spec = importlib.util.spec_from_file_location(file, CONFIGS / f"{file}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant)
+    return program_files.load(CONFIGS / f"{file}.py").get_config(variant)
 
 
 def complete(config, first_stage: str | None):

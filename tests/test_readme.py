@@ -2,11 +2,11 @@
 
 import argparse
 import functools
-import importlib.util
 import re
 import shlex
 from pathlib import Path
 
+import program_files
 import pytest
 from absl import flags
 from ml_collections import config_flags
@@ -32,13 +32,6 @@ def commands(path: Path) -> list[str]:
 def documented(program: str) -> list[pytest.param]:
     found = [(path, line) for path in [*DOCUMENTS, *DOCSTRINGS] for line in commands(path)]
     return [pytest.param(line, id=f"{path.name}:{line[:90]}") for path, line in found if line.startswith(program)]
-
-
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def train_config(arguments: list[str]):
@@ -90,7 +83,8 @@ def fill_sizes(config) -> None:
 
 @pytest.mark.parametrize("line", documented("python sample.py"))
 def test_sample_commands_parse(line):
-    parsed = load(ROOT / "sample.py").parse(shlex.split(line)[2:] + (["--workdir", "DIR"] if "--help" in line else []))
+    program = program_files.load("sample.py")
+    parsed = program.parse(shlex.split(line)[2:] + (["--workdir", "DIR"] if "--help" in line else []))
     assert isinstance(parsed, argparse.Namespace)
 
 
@@ -150,7 +144,7 @@ def test_table_of_keys_is_complete_and_right():
 
 
 def test_modifiers_arguments_and_variants_in_the_text_exist():
-    modules = {path: load(path) for path in sorted((ROOT / "configs").glob("*.py"))}
+    modules = {path: program_files.load(path) for path in sorted((ROOT / "configs").glob("*.py"))}
     readme, table = DOCUMENTS[0].read_text(), (ROOT / "docs" / "configs.md").read_text()
     for path, module in modules.items():
         row = next(line for line in readme.splitlines() if line.startswith(f"| `configs/{path.name}`"))

@@ -1,6 +1,5 @@
 """sample.py as a user calls it: the files it writes, and one clear line for every mistake."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -14,12 +13,11 @@ from PIL import Image
 
 from latent_diffusion import asked, checkpoint, conditions, defaults, images, pipeline, programs
 from latent_diffusion import config as config_lib
-from tests import tiny_models
+from tests import program_files, tiny_models
 
 ROOT = Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("sample", ROOT / "sample.py")
-sample = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sample)
+sample = program_files.load("sample.py")
+pytestmark = pytest.mark.usefixtures("compile_cache_of_the_tests")
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +41,6 @@ def workdirs(tmp_path_factory):
     (root / "boxes.json").write_text('[{"label": "flag", "box": [0.1, 0.1, 0.5, 0.5]}]')
     (root / "outside.json").write_text('[{"label": "flags", "box": [0.1, 0.1, 1.5, 0.5]}]')
     return root
-
-
-@pytest.fixture(autouse=True)
-def _compile_cache_of_the_tests(monkeypatch):
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
 
 
 def test_prompts_in_titled_parts(workdirs, tmp_path, capsys):

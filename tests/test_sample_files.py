@@ -1,22 +1,17 @@
 """sample.py over several calls: pictures made again, runs that go on, tables of prompts, the way there, talk."""
 
-import importlib.util
 import io
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from latent_diffusion import programs
-from tests import tiny_models
+from tests import program_files, tiny_models
 
-ROOT = Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("sample_program", ROOT / "sample.py")
-sample = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sample)
+sample = program_files.load("sample.py")
+pytestmark = pytest.mark.usefixtures("compile_cache_of_the_tests")
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +19,6 @@ def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("both")
     tiny_models.save(tiny_models.model("both"), path)
     return path
-
-
-@pytest.fixture(autouse=True)
-def _compile_cache_of_the_tests(monkeypatch):
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
 
 
 def pixels(path):

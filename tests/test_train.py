@@ -1,6 +1,5 @@
 """train.py as a user calls it: each mistake is one clear line and exit code 2, before anything is compiled."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import program_files
 import pytest
 import smoke_runs
 from absl import flags
@@ -21,9 +21,7 @@ from latent_diffusion.training import loop
 
 ROOT = Path(__file__).parents[1]
 STAGE1, STAGE2 = "configs/autoencoder_kl.py:smoke", "configs/ldm_text.py:smoke"
-spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-train = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train)
+train = program_files.load("train.py")
 
 COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(

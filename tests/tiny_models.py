@@ -71,6 +71,22 @@ def model(kind: str, seed: int = 0, **conditioning) -> LatentDiffusion:
         label_names=LABELS if c.conditioning.label else (), object_names=LABELS if kind == "layout" else (), step=7)
 
 
+def constant_pixels(kind: str = "none", eps: float = 0.0, channel_mult: tuple[int, ...] = (1,)) -> LatentDiffusion:
+    """A model of pixels (factor 1) whose UNet predicts `eps` everywhere; scale factor 0.5."""
+    c = config(kind)
+    with c.unlocked():
+        c.first_stage.model.kind = "identity"
+        c.model.update(in_channels=3, out_channels=3, channel_mult=channel_mult)
+        c.data.image_size = 8
+    networks = models.build(c)
+    z, t = jnp.zeros((1, 8, 8, 3)), jnp.zeros((1,), jnp.int32)
+    shapes = jax.eval_shape(networks.unet.init, jax.random.key(0), z, t, label=t if kind == "class" else None)
+    unet = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes["params"])
+    unet["out_2"]["bias"] += np.float32(eps)
+    return LatentDiffusion(c, networks, schedule_lib.from_config(c.diffusion), {"unet": unet, "first_stage": {}},
+                           scale_factor=0.5)
+
+
 def save(ldm: LatentDiffusion, workdir, *, ema: dict | None = None) -> None:
     """Writes a workdir as training does."""
     params = {name: tree for name, tree in ldm.params.items() if name != "first_stage"}

@@ -2,12 +2,12 @@
 FILE`` writes the parameters after a few steps on however many devices there are."""
 
 import functools
-import importlib.util
 import pathlib
 import sys
 
 import jax
 import numpy as np
+import program_files
 
 from latent_diffusion import models, parallel
 from latent_diffusion.diffusion import schedule as schedule_lib
@@ -20,10 +20,7 @@ BATCH, SIZE = 8, 16
 
 
 def get_config(name: str, argument: str):
-    spec = importlib.util.spec_from_file_location(f"configs_{name}", ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(argument)
+    return program_files.load(f"configs/{name}.py").get_config(argument)
 
 
 def autoencoder_config(kind: str = "kl", **loss):
