@@ -238,8 +238,9 @@ def test_unknown_names_list_the_choices():
 
 @pytest.mark.parametrize("side, kernel, stride, padding", [
     (2, 3, 1, ((1, 1), (1, 1))), (1, 3, 1, ((1, 1), (1, 1))), (2, 3, 2, ((0, 1), (0, 1))), (2, 4, 2, ((1, 1), (1, 1))),
-    (4, 3, 2, ((1, 1), (1, 1)))])
-def test_convolutions_of_small_pictures_are_the_plain_ones(side, kernel, stride, padding):
+    (4, 3, 2, ((1, 1), (1, 1))), (5, 3, 1, ((1, 1), (1, 1))), (3, 1, 1, ((0, 0), (0, 0))), (3, 1, 1, ((1, 1), (1, 1))),
+    (3, 1, 2, ((0, 0), (0, 0)))])
+def test_convolutions_as_products_are_the_plain_ones(side, kernel, stride, padding):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, side, side, 3)), jnp.float32)
     weights = jnp.asarray(rng.standard_normal((kernel, kernel, 3, 5)), jnp.float32)
