@@ -58,7 +58,7 @@ def given_noise(model: Any, asked: settings_lib.Settings, noise: np.ndarray | No
     if noise.shape[1:] != _latent_shape(model, asked) or not len(noise):
         wanted = ", ".join(map(str, _latent_shape(model, asked)))
         raise UserError(f"noise has the shape {noise.shape}; it must be (n, {wanted})")
-    if asked.first:
+    if asked.from_image:
         raise UserError("noise: image-to-image starts from the picture; leave noise or strength out")
     return {"noise": np.asarray(noise, np.float32)}
 
@@ -144,6 +144,7 @@ def program(model: Any, asked: settings_lib.Settings, job: Job) -> programs.Prog
         guidance="none" if not asked.guided else "classifier_free" if job.weak is None else "weak",
         two_passes=asked.two_passes, interval=bool(asked.guidance_interval) and asked.guided,
         weak=job.weak and job.weak.models, correction=job.correction and job.correction[0],
-        upsample="small" in job.arrays, masked=job.masked, first=asked.first, varied=job.variation_seed is not None,
-        frames=job.frames, report=job.report, tile=tile(asked.tile, asked.overlap),
+        upsample="small" in job.arrays, masked=job.masked, first=asked.first, from_image=asked.from_image,
+        varied=job.variation_seed is not None, frames=job.frames, report=job.report,
+        tile=tile(asked.tile, asked.overlap),
         decode_tile=tile(asked.decode_tile, settings_lib.quarter(asked.decode_tile, factor)))

@@ -70,6 +70,7 @@ class Program:
     upsample: bool = False
     masked: bool = False
     first: int = 0
+    from_image: bool = False
     varied: bool = False
     frames: int = 0
     report: bool = False
@@ -99,7 +100,9 @@ def start(
         noise = process.slerp(noise, other, batch["amount"])
     if encoder is None:
         return noise
-    return shared["alpha"] * _encoded(shared, batch["image"], *encoder) + shared["sigma"] * noise
+    networks, tile = encoder
+    z_0 = _encode(shared["params"], batch["image"], shared["scale_factor"], models=networks, tile=tile)
+    return shared["alpha"] * z_0 + shared["sigma"] * noise
 
 
 def draw(
@@ -123,7 +126,8 @@ def draw(
     TRACES["draw"] += 1
     params, known = shared["params"], None
     if program.masked:
-        z_known = _encoded(shared, batch["image"], program.models, program.coder_tile)
+        z_known = _encode(
+            params, batch["image"], shared["scale_factor"], models=program.models, tile=program.coder_tile)
         known = samplers.Known(z_known, _kept(batch["mask"], program))
     z_0, frames = samplers.trajectory(
         _denoise_fn(shared, batch, program), program.schedule, shared["key"], z_T.shape, method=program.sampler,
@@ -148,7 +152,7 @@ def draw(
 @functools.lru_cache(maxsize=16)
 def compiled(program: Program) -> tuple[Callable, Callable]:
     """`start` and `draw`, on all local devices."""
-    encoder = (program.models, program.coder_tile) if program.first else None
+    encoder = (program.models, program.coder_tile) if program.from_image else None
     whole = program.size == tuple(side * program.models.first_stage.factor for side in program.latent_shape[:2])
     return (_compiled_start(program.latent_shape, program.varied, encoder),
             parallel.pmap_draw(draw, donate=whole, program=program))
@@ -221,13 +225,6 @@ def _denoise_fn(shared: Mapping[str, Any], batch: Mapping[str, Array], program: 
     return denoise_fn
 
 
-def _encoded(shared: Mapping[str, Any], image: Array, networks: models.Models, tile: Tile | None) -> Array:
-    """Scaled latents of pictures, in pieces where there are tiles."""
-    encoder = functools.partial(_encode, shared["params"], scale_factor=shared["scale_factor"], models=networks)
-    return encoder(image) if tile is None else tiles.tiled(
-        encoder, image, tile.side * tile.factor, tile.overlap * tile.factor)
-
-
 def _kept(mask: Array, program: Program) -> Array:
     """(b, h, w, 1), 1 where no pixel of a latent's block is to be painted."""
     b, height, width, _ = mask.shape
@@ -243,9 +240,7 @@ def _quantized(shared: Mapping[str, Any], program: Program, z: Array) -> Array:
 
 def _decoded(params: Any, scale_factor: Array, program: Program, z: Array) -> Array:
     """Pictures, cut to the program's size."""
-    decoder = functools.partial(_decode, params, scale_factor=scale_factor, models=program.models)
-    tile = program.coder_tile
-    return _middle(program, decoder(z) if tile is None else tiles.tiled(decoder, z, *tile[:2]))
+    return _middle(program, _decode(params, z, scale_factor, models=program.models, tile=program.coder_tile))
 
 
 def _middle(program: Program, x: Array) -> Array:
@@ -287,27 +282,45 @@ def _tau(networks: models.Models, params: Any, conditions: Mapping[str, Array], 
 def _condition_map(
     params: Any, batch: Mapping[str, Array], program: Program, networks: models.Models | None = None
 ) -> dict[str, Array]:
-    """`training.diffusion.condition_map`, in pieces where there are tiles and the first stage encodes."""
-    options, tile, networks = program.conditioning, program.tile, networks or program.models
-    if tile is None or options.concat != "inpainting":
-        return stage2.condition_map(networks, params, params["first_stage"], batch, options)
-
-    def encode(joined: Array) -> Array:
-        pieces = {"image": joined[..., :-1], "mask": joined[..., -1:]}
-        return stage2.condition_map(networks, params, params["first_stage"], pieces, options)["concat"]
-
-    joined = jnp.concatenate([batch["image"], batch["mask"]], axis=-1)
-    return {"concat": tiles.tiled(encode, joined, tile.side * tile.factor, tile.overlap * tile.factor)}
+    """`training.diffusion.condition_map`, where the first stage encodes in patches if there are tiles."""
+    networks = networks or program.models
+    encode = functools.partial(
+        _encode, params, scale_factor=jnp.ones(()), models=networks, tile=program.coder_tile)
+    return stage2.condition_map(
+        networks, params, params["first_stage"], batch, program.conditioning, encode=encode)
 
 
-def _decode(params: Any, z: Array, scale_factor: Array, *, models: models.Models) -> Array:
-    decoded = models.first_stage.apply({"params": params["first_stage"]}, z / scale_factor, method="decode")
-    return decoded.astype(jnp.float32)
+def _decode(
+    params: Any, z: Array, scale_factor: Array, *, models: models.Models, tile: Tile | None = None
+) -> Array:
+    """Pictures of scaled latents, in patches where there are tiles."""
+    def decode(z: Array, moments: Any) -> Array:
+        variables = {"params": params["first_stage"]} | ({"moments": moments} if moments else {})
+        return models.first_stage.apply(variables, z, method="decode").astype(jnp.float32)
+
+    z = z / scale_factor
+    if tile is None:
+        return decode(z, {})
+    return tiles.alike(decode, functools.partial(_moments, models, params, "decode"), z, tile.side, tile.overlap)
 
 
-def _encode(params: Any, x: Array, scale_factor: Array, *, models: models.Models) -> Array:
-    mean, _ = stage2.posterior(models, params["first_stage"], x)
-    return scale_factor * mean
+def _encode(
+    params: Any, x: Array, scale_factor: Array, *, models: models.Models, tile: Tile | None = None
+) -> Array:
+    """Scaled latents of pictures, in patches where there are tiles."""
+    def encode(x: Array, moments: Any) -> Array:
+        return stage2.posterior(models, params["first_stage"], x, moments)[0]
+
+    if tile is None:
+        return scale_factor * encode(x, {})
+    moments = functools.partial(_moments, models, params, "encode")
+    return scale_factor * tiles.alike(encode, moments, x, tile.side * tile.factor, tile.overlap * tile.factor)
+
+
+def _moments(networks: models.Models, params: Any, method: str, patch: Array) -> Any:
+    """What the first stage's groups are normalized by in a patch: see `models.layers.GroupNorm`."""
+    variables = {"params": params["first_stage"]}
+    return networks.first_stage.apply(variables, patch, method=method, mutable=["moments"])[1].get("moments", {})
 
 
 def _denoise(

@@ -41,6 +41,7 @@ class Settings:
     overlap: int = 0  # of neighboring patches (a quarter)
     decode_tile: int = 0  # as `tile`, of the decoder and encoder alone
     first: int = 0  # the step to begin with, which follows from `strength`
+    from_image: bool = False  # begin with the picture, noised to the level of that step, as `strength` asks for
 
 
 FROM_CONFIG = ("sampler", "steps", "eta", "spacing", "temperature", "clip_x0", "threshold", "quantize_x0",
@@ -90,7 +91,7 @@ def resolve(
     return Settings(
         **values, guidance_scale=scales, guided=guided and (weak or bool(request.condition_fields(config))),
         seed=int(seed), size=size, canvas=canvas(config, size), tile=tile, overlap=overlap,
-        decode_tile=int(decode_tile or 0), first=_first_step(grid.steps, strength))
+        decode_tile=int(decode_tile or 0), first=_first_step(grid.steps, strength), from_image=strength is not None)
 
 
 def _check_numbers(config: Any, values: dict[str, Any], seed: int) -> None:

@@ -55,10 +55,11 @@ def test_known_pixels_stay(zero):
     assert (got.images[:, mask > 0] != PICTURE[mask > 0]).mean() > 0.9
 
 
-def test_image_to_image_begins_on_the_way(zero):
+@pytest.mark.parametrize("strength, level", [(0.5, 9), (1.0, 19)])
+def test_image_to_image_begins_on_the_way(zero, strength, level):
     """eps = 0: DDIM divides by alpha, so that z_0 = (alpha x + sigma noise) / alpha at the level that is begun at."""
-    got = zero.sample(image=PICTURE, strength=0.5, num_samples=2, seed=3).latents
-    alpha = alphas()[9]  # clean spacing of 20: steps at 4, 9, 14, 19; the last two of them
+    got = zero.sample(image=PICTURE, strength=strength, num_samples=2, seed=3).latents
+    alpha = alphas()[level]  # clean spacing of 20: steps at 4, 9, 14, 19; the last two of them, or all
     expected = scaled(PICTURE) + np.sqrt(1 - alpha**2) / alpha * noise(3, [0, 1])
     np.testing.assert_allclose(got, expected, atol=1e-5)
 

@@ -29,6 +29,37 @@ def weights(height: int, width: int) -> Float[np.ndarray, "h w"]:
     return np.clip(np.minimum(y[:, None], x[None]), MIN_WEIGHT, MAX_WEIGHT).astype(np.float32)
 
 
+def _patch(x: Array, corner: Array, height: int, width: int) -> Array:
+    return jax.lax.dynamic_slice(x, (0, corner[0], corner[1], 0), (x.shape[0], height, width, x.shape[3]))
+
+
+def alike(
+    function: Callable[[Array, Any], Array], moments: Callable[[Array], Any], x: Float[Array, "b h w c"], tile: int,
+    overlap: int,
+) -> Float[Array, "b h2 w2 d"]:
+    """`tiled` for networks that normalize over what they see: patches that each normalized by their own moments would
+    differ in tint (of a gray sky beside a bright object, by a tenth of the range). All are first seen once, to find
+    moments for all of them.
+
+    Args:
+      function: maps patches and moments, or {} for their own, to the result.
+      moments: maps patches to a tree of (mean, variance).
+      x, tile, overlap: as for `tiled`.
+    """
+    height, width = min(tile, x.shape[1]), min(tile, x.shape[2])
+    places = corners(x.shape[1], x.shape[2], tile, overlap)
+    if len(places) == 1:
+        return function(x, {})
+
+    def pool(of_patches: tuple[Array, Array]) -> tuple[Array, Array]:  # (p, ...) each; law of total variance
+        mean, variance = of_patches
+        return mean.mean(0), variance.mean(0) + mean.var(0)
+
+    found = jax.lax.map(lambda corner: moments(_patch(x, corner, height, width)), jnp.asarray(places))
+    shared = jax.tree.map(pool, found, is_leaf=lambda node: isinstance(node, tuple))
+    return tiled(lambda patch: function(patch, shared), x, tile, overlap)
+
+
 def tiled(
     function: Callable[..., Float[Array, "b h2 w2 d"]],
     x: Float[Array, "b h w c"],
@@ -58,7 +89,7 @@ def tiled(
 
     def add(total: tuple[Array, Array], here: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
         corner, *own = here
-        patch = jax.lax.dynamic_slice(x, (0, corner[0], corner[1], 0), (x.shape[0], height, width, x.shape[3]))
+        patch = _patch(x, corner, height, width)
         place = (0, scaled(corner[0], 1), scaled(corner[1], 2), 0)
         return tuple(
             jax.lax.dynamic_update_slice(whole, jax.lax.dynamic_slice(whole, place, part.shape) + part, place)

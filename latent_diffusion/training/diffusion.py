@@ -5,6 +5,7 @@
 tau_theta (the conditioner) is trained jointly with the UNet; the first stage is frozen.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,9 +26,13 @@ from latent_diffusion.training.state import TrainState
 OWN_DROPOUT = {"tokens": "text_dropout", "label": "label_dropout", "layout": ""}
 
 
-def posterior(models: Any, params: Any, image: Float[Array, "b h w c"]) -> tuple[Array, Array]:
-    """Mean and standard deviation of the unscaled latents (std 0 for first stages without a posterior)."""
-    encoded = models.first_stage.apply({"params": params}, image, method="encode")
+def posterior(
+    models: Any, params: Any, image: Float[Array, "b h w c"], moments: dict | None = None
+) -> tuple[Array, Array]:
+    """Mean and standard deviation of the unscaled latents (std 0 for first stages without a posterior); `moments` that
+    the groups are normalized by, if not their own: see `models.layers.GroupNorm`."""
+    variables = {"params": params} | ({"moments": moments} if moments else {})
+    encoded = models.first_stage.apply(variables, image, method="encode")
     if isinstance(encoded, jax.Array):
         return encoded.astype(jnp.float32), jnp.zeros(encoded.shape, jnp.float32)
     return encoded.mean, encoded.std
@@ -96,7 +101,10 @@ def condition(models: Any, params: Any, conditions: dict, options: Any, **apply:
     return inputs
 
 
-def condition_map(models: Any, params: Any, first_stage: Any, conditions: dict, options: Any, **apply: Any) -> dict:
+def condition_map(
+    models: Any, params: Any, first_stage: Any, conditions: dict, options: Any, *,
+    encode: Callable[[Array], Array] | None = None, **apply: Any,
+) -> dict:
     """What is joined to z_t channel by channel, ``concat``, (b, h, w, c) at the size of the latents; {} for no map.
 
     Args:
@@ -104,6 +112,7 @@ def condition_map(models: Any, params: Any, first_stage: Any, conditions: dict, 
       first_stage: its parameters, for inpainting.
       conditions: ``segmentation`` (b, H, W) class numbers; or ``low_res`` (b, h, w, c) in [-1, 1]; or, for inpainting,
         ``image`` (b, H, W, c) in [-1, 1] and ``mask`` (b, H, W, 1), 1 = to be painted.
+      encode: maps pictures to the means of their unscaled latents, for inpainting, where not by `posterior`.
     """
     if options.concat == "none":
         return {}
@@ -115,7 +124,7 @@ def condition_map(models: Any, params: Any, first_stage: Any, conditions: dict, 
         return {"concat": models.conditioner.apply({"params": params["conditioner"]}, y, method=method, **apply)}
     mask = conditions["mask"].astype(jnp.float32)
     masked = jnp.where(mask > 0.5, -1.0, conditions["image"])  # black, as the reference's holes
-    mean, _ = posterior(models, first_stage, masked)  # the mode, unscaled
+    mean = encode(masked) if encode else posterior(models, first_stage, masked)[0]  # the mode, unscaled
     factor = mask.shape[1] // mean.shape[1]
     small = mask[:, ::factor, ::factor]  # torch's nearest neighbor
     return {"concat": jnp.concatenate([mean, 2 * small - 1], axis=-1)}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from latent_diffusion.diffusion import tiles
+from latent_diffusion.models import layers
 
 
 @pytest.mark.parametrize("length,tile,overlap", [(64, 16, 4), (65, 16, 4), (17, 16, 15), (16, 16, 4), (31, 16, 0)])
@@ -55,3 +56,22 @@ def test_no_seams_where_patches_disagree():
 
     found = np.asarray(tiles.tiled(mean, x, 16, 8))
     assert np.abs(np.diff(found[0, 8, :, 0])).max() < 0.05  # the means are 0.127 apart
+
+
+def test_patches_are_normalized_alike():
+    """Groups that are normalized by the moments of all patches, which do not overlap here, are those of the whole."""
+    norm = layers.GroupNorm(groups=2, epsilon=1e-5)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 16, 4)) * jnp.linspace(0, 3, 16)[:, None] + jnp.arange(4)
+    params = {"params": {"scale": jnp.arange(1.0, 5), "bias": jnp.arange(4.0)}}
+
+    def function(patch, moments):
+        return norm.apply(params | ({"moments": moments} if moments else {}), patch)
+
+    def moments(patch):
+        return norm.apply(params, patch, mutable=["moments"])[1]["moments"]
+
+    whole = norm.apply(params, x)
+    np.testing.assert_allclose(tiles.alike(function, moments, x, 4, 0), whole, atol=1e-5)
+    np.testing.assert_allclose(tiles.alike(function, moments, x, 16, 4), whole, atol=1e-5)  # one patch
+    assert np.abs(tiles.tiled(lambda patch: norm.apply(params, patch), x, 4, 0) - whole).max() > 1
+    assert set(norm.init(jax.random.key(0), x)) == {"params"}
