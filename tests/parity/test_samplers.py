@@ -1,5 +1,8 @@
 """The samplers of several steps, and of noise levels, against diffusers: each state of their trajectories."""
 
+import itertools
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +18,7 @@ SCHEDULE = make_schedule("linear", 1000, linear_start=0.0015, linear_end=0.0195)
 COMMON = dict(num_train_timesteps=1000, beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear")
 KARRAS = dict(**COMMON, use_karras_sigmas=True)
 TRAILING = dict(**COMMON, timestep_spacing="trailing")
+SDE = dict(algorithm_type="sde-dpmsolver++")
 KEY = jax.random.key(3)
 SHAPE = (2, 4, 4, 3)
 
@@ -51,10 +55,10 @@ def their_trajectory(scheduler, steps, timesteps=None):
     return [*states, z.numpy()]
 
 
-def assert_same(ours, theirs):
+def assert_same(ours, theirs, tolerance=1e-5):
     assert len(ours) == len(theirs)
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max(), err_msg=f"state {i}")
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=f"state {i}")
 
 
 @pytest.mark.parametrize(("method", "scheduler", "spacing"), [
@@ -67,6 +71,7 @@ def assert_same(ours, theirs):
     ("euler", lambda: diffusers.EulerDiscreteScheduler(**TRAILING), "clean"),
     ("heun", lambda: diffusers.HeunDiscreteScheduler(**KARRAS), "karras"),
     ("lms", lambda: diffusers.LMSDiscreteScheduler(**KARRAS), "karras"),
+    ("euler", lambda: diffusers.EulerDiscreteScheduler(**COMMON, use_exponential_sigmas=True), "exponential"),
 ])
 @pytest.mark.parametrize("steps", [5, 12])
 def test_trajectory(method, scheduler, spacing, steps):
@@ -98,3 +103,36 @@ def test_ddim_with_leading_timesteps(spacing, offset):
     """The last step is to clean data, as with their set_alpha_to_one."""
     scheduler = diffusers.DDIMScheduler(**COMMON, timestep_spacing="leading", steps_offset=offset, clip_sample=False)
     assert_same(our_trajectory(method="ddim", steps=20, spacing=spacing), their_trajectory(scheduler, 20))
+
+
+def our_noise(call):
+    """What the samplers add after their call of the network number `call`, from 1 on."""
+    return torch.from_numpy(np.array(samplers._noise(KEY, jnp.arange(SHAPE[0]), call, SHAPE)))
+
+
+@pytest.mark.parametrize(("method", "scheduler", "spacing"), [
+    ("euler_ancestral", lambda: diffusers.EulerAncestralDiscreteScheduler(**COMMON), "linspace"),
+    ("euler_ancestral", lambda: diffusers.EulerAncestralDiscreteScheduler(**TRAILING), "clean"),
+    ("dpmpp_2m_sde", lambda: diffusers.DPMSolverMultistepScheduler(**TRAILING, **SDE), "clean"),
+    ("dpmpp_2m_sde", lambda: diffusers.DPMSolverMultistepScheduler(**KARRAS, **SDE), "karras"),
+])
+@pytest.mark.parametrize("steps", [5, 12])
+def test_trajectory_of_noisy_samplers(monkeypatch, method, scheduler, spacing, steps):
+    scheduler, calls = scheduler(), itertools.count(1)
+    monkeypatch.setattr(
+        sys.modules[type(scheduler).__module__], "randn_tensor", lambda *args, **kwargs: our_noise(next(calls)))
+    ours = our_trajectory(method=method, steps=steps, spacing=spacing)
+    assert_same(ours, their_trajectory(scheduler, steps), tolerance=5e-5)  # theirs adds noise of 80 to z / alpha
+
+
+@pytest.mark.parametrize(("parameterization", "theirs"), [("v", "v_prediction"), ("x0", "sample")])
+@pytest.mark.parametrize(("method", "scheduler", "spacing"), [
+    ("ddim", lambda kind: diffusers.DDIMScheduler(**TRAILING, prediction_type=kind, clip_sample=False), "clean"),
+    ("dpmpp_2m", lambda kind: diffusers.DPMSolverMultistepScheduler(**KARRAS, prediction_type=kind), "karras"),
+    ("unipc", lambda kind: diffusers.UniPCMultistepScheduler(**TRAILING, prediction_type=kind), "clean"),
+    ("euler", lambda kind: diffusers.EulerDiscreteScheduler(**KARRAS, prediction_type=kind), "karras"),
+])
+def test_trajectory_of_other_predictions(method, scheduler, spacing, parameterization, theirs):
+    """Ten steps, because their DDIM goes on by T // steps, whatever the timesteps are."""
+    ours = our_trajectory(method=method, steps=10, spacing=spacing, parameterization=parameterization)
+    assert_same(ours, their_trajectory(scheduler(theirs), 10))
