@@ -288,7 +288,9 @@ def converse(
     options: dict[str, Any], common: dict[str, Any],
 ) -> None:
     """Asks for prompts (or labels), and draws as many pictures of each as before, with the program that is there."""
-    number, each = wanted["number"], min(wanted["number"], args.batch_size or drawing.BATCH_SIZE)
+    number = outputs.next_number(output, wanted["number"])
+    each = 1 if args.index is not None else min(wanted["number"], args.batch_size or drawing.BATCH_SIZE)
+    beside = None if args.labels is None else wanted["labels"]  # classes that prompts go with
     kind = "prompts" if "tokens" in request.condition_fields(model.config) else "labels"
     while True:
         print(f"{kind[:-1]} > ", end="", flush=True)
@@ -296,16 +298,18 @@ def converse(
             return
         try:
             prompts, labels = request.resolve_conditions(
-                model.config, *((line, None) if kind == "prompts" else (None, line)), model.label_names)
+                model.config, *((line, beside) if kind == "prompts" else (None, line)), model.label_names)
         except UserError as error:
             print(error, file=sys.stderr)
             continue
-        now, numbers = wanted | {"prompts": prompts, "labels": labels}, range(number, number + each)
+        numbers = range(number, number + max(each, len(labels or ())))
+        prompts, labels = (x and [x[(i - number) % len(x)] for i in range(len(x))] for x in (prompts, labels))
+        now = wanted | {"prompts": prompts, "labels": labels}
         metadata = functools.partial(outputs.about, now, common)
-        changed = options | {"num_samples": number + each, "batch_size": each}
+        changed = options | {"num_samples": numbers[-1] + 1, "batch_size": each}
         batches = model.sample_batches(prompts, labels, **changed, only=numbers)
         draw(args, output, batches, numbers, metadata, wanted["settings"])
-        number += each
+        number += len(numbers)
 
 
 # --- the program -----------------------------------------------------------------------------------------------------

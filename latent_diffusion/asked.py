@@ -3,6 +3,7 @@ is loaded. Of the flags' values, as argparse has them; `plan` is the way in."""
 
 import argparse
 import csv
+import io
 import json
 import logging
 from collections.abc import Mapping
@@ -30,9 +31,9 @@ def plan(args: argparse.Namespace, config: Any) -> dict[str, Any]:
 
     Returns:
       prompts, labels, negative_prompts, layouts: one for each picture in turn, or None. titles: of the parts of the
-      grid that they belong to. number: of pictures; conditions: how many they share. names, object_names: of classes.
-      given: pictures and maps. options: arguments of `pipeline.LatentDiffusion.sample_batches`. files: names of files
-      by flag. settings: `settings.Settings`.
+      grid that they belong to. number: of pictures; conditions: how many they share; each: pictures of each. names,
+      object_names: of classes. given: pictures and maps. options: arguments of
+      `pipeline.LatentDiffusion.sample_batches`. files: names of files by flag. settings: `settings.Settings`.
 
     Raises:
       UserError: whatever cannot be drawn.
@@ -44,17 +45,20 @@ def plan(args: argparse.Namespace, config: Any) -> dict[str, Any]:
         request.resolve_layouts(config, layouts.NOTHING)  # does the model take any?
         objects = [layouts.read(path, object_names) for path in args.layout]
     vectors = request.resolve_vectors(config, args.vectors and read_vectors(args.vectors))
-    asked = bool(table["prompt"] or args.labels is not None or given or objects or vectors is not None)
+    asked = bool(table["prompt"] or table["label"] or args.labels is not None or given or objects
+                 or vectors is not None)
     prompts, labels = request.resolve_conditions(config, *_texts_and_labels(args, config, table, asked), names)
     each = args.samples_per_label or 1
     per_picture = dict(prompts=prompts, labels=labels, negative_prompts=table["negative_prompt"] or None,
                        layouts=objects, titles=table["title"])
     per_picture = {name: [x for x in values or [] for _ in range(each)] or None for name, values in per_picture.items()}
     vectors = None if vectors is None else np.repeat(vectors, each, axis=0)
-    given = {name: np.repeat(x, each, axis=0) for name, x in given.items()}
+    given = {name: np.repeat(x, each, axis=0) if len(x) > 1 else x for name, x in given.items()}
     lengths = [len(x) for x in (*per_picture.values(), *given.values(), vectors) if x is not None]
-    count = max([1, *lengths])
-    number = _number(args, count if asked else 0, args.interpolate or (count if each > 1 else 0))
+    scales = len(args.guidance_scale or ())
+    count = max([1, *lengths, scales * each if scales > 1 else 1])
+    exact = args.interpolate or (max(count, each) if each > 1 else 0)
+    number = _number(args, count if asked or scales > 1 else 0, exact)
     if len(per_picture["titles"] or ()) != count:
         per_picture["titles"] = [""] * count
     options, settings = _options(args, config, given, table)
@@ -64,7 +68,7 @@ def plan(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     files |= {"vectors": [args.vectors]} if args.vectors else {}
     shown = given | ({"layouts": per_picture["layouts"]} if objects else {})
     return per_picture | dict(number=number, names=names, object_names=object_names, given=shown, options=options,
-                              files=files, settings=settings, conditions=count)
+                              files=files, settings=settings, conditions=count, each=each)
 
 
 def _number(args: argparse.Namespace, asked: int, exact: int) -> int:
@@ -74,7 +78,7 @@ def _number(args: argparse.Namespace, asked: int, exact: int) -> int:
         if (value := getattr(args, flag)) is not None and value < 1:
             raise UserError(f"--{flag} {value} must be 1 or more")
     number = args.num_samples if args.num_samples is not None else exact or asked or 16
-    if asked and number < asked:
+    if number < asked and args.index is None:  # of --from_png, picture `index` alone
         raise UserError(f"--num_samples {number} is less than the {asked} conditions that are given")
     if args.interpolate and number != args.interpolate:
         raise UserError("--interpolate says how many pictures there are; leave --num_samples out")
@@ -135,7 +139,7 @@ def read_prompts(args: argparse.Namespace) -> dict[str, list]:
     if not path.is_file():
         raise UserError(f"--prompts_file {path} {'is a folder' if path.exists() else 'does not exist'}")
     if path.suffix.lower() == ".csv":
-        return _read_csv(path, table)
+        return _read_csv(args, path, table)
     for line in map(str.strip, read_text(path).splitlines()):
         if line.startswith("#"):
             title = line.lstrip("# ")
@@ -152,16 +156,25 @@ def read_prompts(args: argparse.Namespace) -> dict[str, list]:
     return table
 
 
-def _read_csv(path: epath.Path, table: dict[str, list]) -> dict[str, list]:
+def _read_csv(args: argparse.Namespace, path: epath.Path, table: dict[str, list]) -> dict[str, list]:
     if table["prompt"]:
         raise UserError(f"--prompts_file {path}: a CSV file has all prompts; leave --prompt out")
-    rows = list(csv.DictReader(read_text(path).splitlines(), skipinitialspace=True))
-    columns = list(rows[0]) if rows else []
+    rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), skipinitialspace=True))
+    columns = [name for name in rows[0] if name is not None] if rows else []
     if unknown := [str(name) for name in columns if name not in COLUMNS]:
         raise UserError(f"--prompts_file {path}: unknown column {unknown[0]!r}; a header names some of "
                         f"{', '.join(COLUMNS)}")
     if not rows:
         raise UserError(f"--prompts_file {path} holds a header and no rows")
+    for number, row in enumerate(rows):
+        if None in row:
+            raise UserError(f"--prompts_file {path}, row {number + 1}: more cells than the header has columns; put "
+                            'quotes around text with commas: "red apple, yellow banana"')
+    for name, given in (("label", args.labels is not None), ("guidance_scale", args.guidance_scale is not None),
+                        ("negative_prompt", bool(args.negative_prompt))):
+        if name in columns and given:
+            flag = "labels" if name == "label" else name
+            raise UserError(f"--prompts_file {path} has a column {name}; leave --{flag} out")
     for name in columns:
         values = [(row[name] or "").strip() for row in rows]
         if not all(values) and name != "negative_prompt":

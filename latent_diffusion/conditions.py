@@ -224,8 +224,12 @@ def parse_label(text: str, names: Sequence[str], where: str = "") -> int:
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """Returns the prompts without surrounding blanks. Raises UserError for none at all, or an empty one."""
+    """Returns the prompts without surrounding blanks. Raises UserError for none at all, an empty one, or one that is no
+    text."""
     prompts = [prompt.strip() for prompt in prompts]
     if not prompts or not all(prompts):
         raise UserError("empty prompt: say what to draw, for example --prompt \"red apple\"")
+    for prompt in prompts:
+        if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise UserError(f"prompt {prompt!a} is not UTF-8 text")
     return prompts

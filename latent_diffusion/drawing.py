@@ -65,12 +65,18 @@ def given_noise(model: Any, asked: settings_lib.Settings, noise: np.ndarray | No
 
 def check_weak(model: Any, weak: Any) -> None:
     """Raises UserError unless `weak` is a model that `model` can be guided away from."""
-    if weak is not None and (
-            weak.schedule != model.schedule or weak.conditioning != model.conditioning
-            or weak.config.diffusion.parameterization != model.config.diffusion.parameterization
-            or weak.models.first_stage.latent_channels != model.models.first_stage.latent_channels):
-        raise UserError("weak: autoguidance needs a model of the same latents, conditions, schedule and "
-                        "parameterization")
+    if weak is None:
+        return
+    one, other = ({
+        "schedule": x.schedule, "parameterization": x.config.diffusion.parameterization, "conditions": x.conditioning,
+        "first stage": (x.models.first_stage.factor, x.models.first_stage.latent_channels, float(x.scale_factor)),
+        "classes": (x.config.conditioning.num_classes, tuple(x.label_names)),
+        "vocabulary": getattr(x.vocabulary, "tokens", None),
+        "length of the text": x.config.conditioning.text.max_length,
+    } for x in (model, weak))
+    if differing := [name for name in one if one[name] != other[name]]:
+        raise UserError(f"weak: autoguidance needs a model of the same latents, conditions, schedule and "
+                        f"parameterization; this one differs in its {', '.join(differing)}")
 
 
 def batches(

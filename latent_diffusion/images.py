@@ -236,7 +236,10 @@ def save_png(path: epath.PathLike, image: np.ndarray | Image.Image, metadata: Ma
     data = io.BytesIO()
     picture = image if isinstance(image, Image.Image) else _to_pil(image)
     picture.save(data, "png", pnginfo=chunks)
-    epath.Path(path).write_bytes(data.getvalue())
+    path = epath.Path(path)
+    part = path.with_name(path.name + ".part")  # so that a run that is stopped leaves whole pictures only
+    part.write_bytes(data.getvalue())
+    part.replace(path)
 
 
 def save_npz(

@@ -18,6 +18,7 @@ from latent_diffusion.errors import UserError
 
 MAX_IN_GRID = 100  # pictures; all of them are in the single files
 MAX_IN_MOTION = 16  # pictures whose denoising is shown
+NUMBERED = re.compile(r"\d{6,}\.png")
 OURS = re.compile(r"\d{6,}\.png|(samples|progressive)\.png|samples\.(npz|gif|webp)")  # of an earlier run
 SOFTWARE = {"Software": "latent_diffusion"}  # in the metadata of our pictures
 
@@ -54,20 +55,28 @@ def missing(
 ) -> list[int]:
     """Those of the pictures `numbers` that are not there yet.
 
-    metadata: of a picture, by its number. Raises UserError where a picture is there with other metadata, or cannot be
-    read.
+    metadata: of a picture, by its number. A picture of ours that was cut off while it was written is missing. Raises
+    UserError where a picture is there with other metadata, or is no picture of ours.
     """
     found_missing = []
     for number in numbers:
         path = file_of(output, number)
         if not path.exists():
             found_missing.append(number)
-        elif (found := _text(path, whole=True)).get(REQUEST) != (wanted := metadata(number))[REQUEST]:
+            continue
+        if (found := _text(path)).get(REQUEST) == (wanted := metadata(number))[REQUEST]:
+            found_missing += [] if _text(path, whole=True) else [number]
+        else:
             ours, theirs = (json.loads(x.get(REQUEST, "{}")) for x in (wanted, found))
             differing = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
             raise UserError(f"--resume: {path} was made with other settings or is damaged (it differs in "
                             f"{', '.join(differing) or 'its metadata'}); give another --output, or --overwrite")
     return found_missing
+
+
+def next_number(output: epath.Path, least: int) -> int:
+    """The number after those of all pictures that are there, at least `least`."""
+    return max([least, *(int(path.stem) + 1 for path in output.iterdir() if NUMBERED.fullmatch(path.name))])
 
 
 def _text(path: epath.Path, whole: bool = False) -> dict[str, str]:
@@ -76,7 +85,7 @@ def _text(path: epath.Path, whole: bool = False) -> dict[str, str]:
         with path.open("rb") as file, Image.open(file) as image:
             if whole:
                 image.load()
-            return dict(getattr(image, "text", {}))
+            return {key: value for key, value in image.info.items() if isinstance(value, str)}  # what precedes pixels
     except (OSError, SyntaxError, ValueError):
         return {}
 
@@ -91,7 +100,9 @@ def about(wanted: Mapping[str, Any], common: Mapping[str, Any], number: int) -> 
     flags = dict(common) | {name: [x] if name != "vectors" else x for name, x in found.items()
                             if name in (*wanted["files"], "prompt", "negative_prompt")}
     if "label" in found:
-        flags["labels"] = str(found["label"])
+        flags["labels"] = str(found.get("label_name", found["label"]))
+    if "vectors" in found:  # its row follows from the number of the picture and this
+        flags["samples_per_label"] = wanted["each"]
     scales, variation = wanted["settings"].guidance_scale, wanted["options"]["variation"]
     flags["guidance_scale"] = [scales[number % len(scales)]] if wanted["settings"].guided else None
     if variation is not None:

@@ -210,14 +210,17 @@ class LatentDiffusion:
         prompts, labels = request.resolve_conditions(config, prompts, labels, self.label_names)
         request.warn_of_untrained(config, prompts, labels)
         layouts, vectors = request.resolve_layouts(config, layouts), request.resolve_vectors(config, vectors)
-        given = [x for x in (prompts, labels, layouts, vectors, *arrays.values()) if x is not None]
-        number = max(map(len, given), default=1) if num_samples is None else num_samples
+        turned = editing.resolve_variation(variation, variation_seed)
+        if turned and noise is not None:
+            raise UserError("noise: variations turn the noise of the seed; leave noise or variation out")
+        arrays |= turned or drawing.given_noise(self, asked, noise)
+        given = [prompts, labels, layouts, vectors, asked.guidance_scale, *arrays.values()]
+        number = max(len(x) for x in given if x is not None) if num_samples is None else num_samples
         for name, value in (("num_samples", number), ("batch_size", 1 if batch_size is None else batch_size)):
             if value < 1:
                 raise UserError(f"{name}={value} must be 1 or more")
         if negative_prompts is not None:
             arrays["negative_tokens"] = self._negative_tokens(negative_prompts)
-        arrays |= editing.resolve_variation(variation, variation_seed) or drawing.given_noise(self, asked, noise)
         conditions = self.conditions(prompts, labels, number, layouts, settings_lib.patches(config, asked), vectors)
         nothing_given = prompts is None and labels is None and layouts is None and vectors is None
         if nothing_given and negative_prompts is None and weak is None:  # nothing to be guided to

@@ -81,7 +81,7 @@ def resolve_conditions(
             raise UserError(f"this model takes no labels; {takes(config)}")
         names = (*label_names, *map(str, range(len(label_names), classes)))
         labels = [labels] if isinstance(labels, int | str | np.integer) else list(labels)
-        labels = [number for label in labels for number in _label_numbers(str(label), names)]
+        labels = [number for label in labels for number in _label_numbers(label, names)]
         if not labels:
             raise UserError("no label given; leave labels out or name at least one")
     for name, given in (("tokens", prompts), ("label", labels)):
@@ -105,8 +105,13 @@ def warn_of_untrained(config: Any, prompts: Sequence[str] | None, labels: Sequen
                             "labels" if name == "tokens" else "prompts", option)
 
 
-def _label_numbers(label: str, names: Sequence[str]) -> list[int]:
-    """One label, or several with commas between them; but there are names that have commas."""
+def _label_numbers(label: str | int, names: Sequence[str]) -> list[int]:
+    """A number, whatever the names are (which may be other numbers); a text: one label, or several with commas between
+    them; but there are names that have commas."""
+    if not isinstance(label, str):
+        if not 0 <= label < len(names):
+            raise UserError(f"label {label}: this model has the classes 0 to {len(names) - 1}")
+        return [int(label)]
     exact = [i for i, name in enumerate(names) if name.lower() == label.strip().lower()]
     return exact[:1] or conditions_lib.parse_labels(label, names).tolist()
 

@@ -66,7 +66,7 @@ def test_image_to_image_begins_on_the_way(zero, strength, level):
 
 def test_noise_between_two_seeds(zero):
     amounts = [0.0, 0.5, 1.0]
-    got = zero.sample(variation=amounts, variation_seed=9, seed=3, num_samples=3, same_noise=True).latents
+    got = zero.sample(variation=amounts, variation_seed=9, seed=3, same_noise=True).latents
     got = got * alphas()[-1]
     one, other = noise(3, [0])[0], noise(9, [0])[0]
     np.testing.assert_allclose(got[0], one, atol=1e-5)
@@ -98,8 +98,10 @@ def test_away_from_a_weaker_model(zero):
     with pytest.raises(UserError, match="guidance_scale"):
         zero.sample(weak=zero)
     other = dataclasses.replace(zero, schedule=schedule_lib.make_schedule("linear", 20))
-    with pytest.raises(UserError, match="same latents"):
+    with pytest.raises(UserError, match="same latents.* differs in its schedule"):
         zero.sample(weak=other, guidance_scale=2.0)
+    with pytest.raises(UserError, match="differs in its first stage"):
+        zero.sample(weak=dataclasses.replace(zero, scale_factor=3.0), guidance_scale=2.0)
 
 
 def correction(eps, z_t, t, shift):
@@ -148,6 +150,8 @@ def test_outpaint():
     (dict(upsample=PICTURE[:3]), "do not go into 8x8"),
     (dict(variation=0.5), "must be given together"),
     (dict(variation=1.5, variation_seed=1), "between 0 and 1"),
+    (dict(variation=0.5, variation_seed=2**32), "variation_seed=4294967296 must lie between 0 and 4294967295"),
+    (dict(variation=0.5, variation_seed=1, noise=np.zeros((1, 8, 8, 3))), "leave noise or variation out"),
     (dict(noise=np.zeros((1, 4, 4, 3))), r"it must be \(n, 8, 8, 3\)"),
     (dict(negative_prompts="red"), "takes no negative_prompts"),
     (dict(quantize_x0=True), "VQ first stage"),

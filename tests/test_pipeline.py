@@ -198,6 +198,8 @@ def test_prompts_and_labels_are_paired():
     assert request.resolve_conditions(config, " a ", ["flags", 0], tiny_models.LABELS) == (["a", "a"], [1, 0])
     assert request.resolve_conditions(config, None, "Hearts, all colors", tiny_models.LABELS) == (None, [3])
     assert request.resolve_conditions(config, None, np.arange(4)) == (None, [0, 1, 2, 3])
+    names = ["0", "1", "10", "2"]  # of folders: texts are names, numbers are not
+    assert request.resolve_conditions(config, None, ["10", 2, "2"], names) == (None, [2, 2, 3])
 
 
 @pytest.mark.parametrize("kind, prompts, labels, options, message", [
@@ -207,8 +209,10 @@ def test_prompts_and_labels_are_paired():
     ("text", [" "], None, {}, "empty prompt"),
     ("text", [], None, {}, "empty prompt"),
     ("class", None, ["fod"], {}, "unknown label 'fod' \\(perhaps 'food'\\); choose from: 0 food, 1 flags"),
-    ("class", None, [4], {}, "unknown label '4'"),
-    ("class", None, [-1], {}, "unknown label '-1'"),
+    ("class", None, [4], {}, "label 4: this model has the classes 0 to 3"),
+    ("class", None, [-1], {}, "label -1: this model has the classes 0 to 3"),
+    ("class", None, "4", {}, "unknown label '4'"),
+    ("text", ["\udcff heart"], None, {}, "is not UTF-8 text"),
     ("class", None, [], {}, "no label given"),
     ("both", ["a", "b"], [1, 2, 3], {}, "2 prompts and 3 labels"),
     ("text", None, None, {"dropout": 0.0}, "cannot do without prompts"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latent_diffusion import programs
+from latent_diffusion import asked, images, programs, request
 from tests import program_files, tiny_models
 
 sample = program_files.load("sample.py")
@@ -72,7 +72,12 @@ def test_a_stopped_run_goes_on(workdir, tmp_path, capsys):
     np.testing.assert_array_equal(np.load(out / "samples.npz")["arr_0"][2], pixels(out / "000002.png"))
 
     assert "differs in steps" in refused(capsys, workdir, out, *ASKED, "--num_samples", "4", "--resume", "--steps", "2")
-    (out / "000001.png").write_bytes(first["000001.png"][:-60])
+    (out / "000001.png").write_bytes(first["000001.png"][:-60])  # cut off while it was written
+    assert draw(workdir, out, *ASKED, "--num_samples", "4", "--resume") == 0
+    assert "3 of 4 pictures are there already" in capsys.readouterr().out
+    np.testing.assert_array_equal(pixels(out / "000001.png"), pixels(io.BytesIO(first["000001.png"])))
+    assert not list(out.glob("*.part"))
+    (out / "000001.png").write_bytes(b"no picture of ours")
     assert "damaged" in refused(capsys, workdir, out, *ASKED, "--num_samples", "4", "--resume")
     assert draw(workdir, out, *ASKED, "--num_samples", "4", "--overwrite", "--no-npz") == 0
 
@@ -85,9 +90,29 @@ def test_tables_of_prompts(workdir, tmp_path, capsys):
     assert [text["prompt"] for text in about] == ["red apple", "red apple", "flag of japan", "flag of japan"]
     assert [text["label"] for text in about] == ["0", "0", "1", "1"]
     for text, message in (("prompt,colour\na,b\n", "unknown column 'colour'; a header names some of prompt, label"),
-                          ("prompt,label\na,\n", "line 2: label is empty"), ("prompt\n", "no rows")):
+                          ("prompt,label\na,\n", "line 2: label is empty"), ("prompt\n", "no rows"),
+                          ("prompt\na\nb, c\n", "row 2: more cells than the header has columns; put quotes")):
         table.write_text(text)
         assert message in refused(capsys, workdir, tmp_path / "no", "--prompts_file", str(table))
+    table.write_text("label\n0\nflags\n")
+    assert "leave --labels out" in refused(
+        capsys, workdir, tmp_path / "no", "--prompts_file", str(table), "--labels", "1")
+    assert draw(workdir, tmp_path / "labels", "--prompts_file", str(table)) == 0
+    about = [Image.open(tmp_path / "labels" / f"{k:06d}.png").text for k in range(2)]
+    assert [text["label_name"] for text in about] == ["food", "flags"]
+    assert not (tmp_path / "labels" / "000002.png").exists()
+
+
+@pytest.mark.parametrize("arguments, number", [
+    ("--samples_per_label 4", 4), ("", 16), ("--prompt x", 1), ("--prompt x --guidance_scale 1,2,4", 3),
+    ("--prompt x --guidance_scale 1,2 --samples_per_label 2", 4), ("--prompt x --prompt y --samples_per_label 3", 6),
+    ("--image a.png --image b.png --mask mask.png --samples_per_label 2", 4)])
+def test_how_many(workdir, tmp_path, monkeypatch, arguments, number):
+    monkeypatch.chdir(tmp_path)
+    for name, channels in (("a.png", 3), ("b.png", 3), ("mask.png", 1)):
+        images.save_png(tmp_path / name, np.full((16, 16, channels), 255, np.uint8))
+    args = sample.parse(["--workdir", str(workdir), *arguments.split()])
+    assert asked.plan(args, request.read_config(workdir))["number"] == number
 
 
 def test_guidance_scales_belong_to_their_conditions(workdir, tmp_path):
@@ -110,8 +135,11 @@ def test_the_way_is_shown(workdir, tmp_path, capsys):
 def test_talk_keeps_the_program(workdir, tmp_path, monkeypatch, capsys):
     programs.compiled.cache_clear()
     programs.TRACES.clear()
-    monkeypatch.setattr("sys.stdin", io.StringIO("flag of japan\nred heart\n\n"))
-    assert draw(workdir, tmp_path, "--prompt", "red apple", "--num_samples", "2", "--interactive") == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("flag of japan\n\n"))
+    asked = ("--prompt", "red apple", "--num_samples", "2", "--interactive")
+    assert draw(workdir, tmp_path, *asked) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("\udcff\nred heart\n\n"))
+    assert draw(workdir, tmp_path, *asked, "--resume") == 0  # and overwrites nothing
     assert programs.TRACES["draw"] == 1
     about = [Image.open(tmp_path / f"{k:06d}.png").text for k in range(6)]
     assert [text["prompt"] for text in about] == ["red apple"] * 2 + ["flag of japan"] * 2 + ["red heart"] * 2
