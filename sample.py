@@ -188,8 +188,8 @@ def run(args: argparse.Namespace) -> int:
     parallel.initialize()
     step = checkpoint.choose_step(args.workdir, args.step)
     output = outputs.folder(args.output, args.workdir)
-    if parallel.is_first_process():  # the others write into it, too
-        outputs.claim(output, overwrite=args.overwrite, resume=args.resume)
+    parallel.in_first_process(  # the others write into it, too
+        functools.partial(outputs.claim, output, overwrite=args.overwrite, resume=args.resume))
     settings = wanted["settings"]
     common = {name: getattr(args, name) for name in HOW} | {
         name: getattr(settings, name) for name in ("sampler", "steps", "eta", "seed", "spacing")} | {

@@ -186,6 +186,19 @@ def barrier() -> None:
         multihost_utils.sync_global_devices("barrier")
 
 
+def in_first_process(function: Callable[[], None]) -> None:
+    """Calls a function in the first process, and waits for it everywhere. Raises UserError in all processes if it did
+    there."""
+    error = None
+    if is_first_process():
+        try:
+            function()
+        except UserError as caught:
+            error = caught
+    if any_process(lambda: error is not None)():
+        raise error or UserError("the first process refused to go on; see its message")
+
+
 def assert_replicated(tree: Any) -> None:
     """Raises AssertionError naming the first leaf whose local replicas differ in any bit."""
     for path, leaf in jax.tree.leaves_with_path(tree):
