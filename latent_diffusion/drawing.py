@@ -45,8 +45,9 @@ class Job:
 
 
 def joined(batches: Iterator[Samples]) -> Samples:
-    """All batches in one."""
-    parts = list(batches)
+    """All batches in one. Raises UserError if there are none."""
+    if not (parts := list(batches)):
+        raise UserError("only: no picture is asked for; name at least one number")
     frames = None if parts[0].frames is None else np.concatenate([part.frames for part in parts])
     return Samples(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "latents")), frames)
 
@@ -69,12 +70,15 @@ def check_weak(model: Any, weak: Any) -> None:
         return
     one, other = ({
         "schedule": x.schedule, "parameterization": x.config.diffusion.parameterization, "conditions": x.conditioning,
-        "first stage": (x.models.first_stage.factor, x.models.first_stage.latent_channels, float(x.scale_factor)),
+        "first stage": (x.models.first_stage.factor, x.models.first_stage.latent_channels),
         "classes": (x.config.conditioning.num_classes, tuple(x.label_names)),
         "vocabulary": getattr(x.vocabulary, "tokens", None),
         "length of the text": x.config.conditioning.text.max_length,
     } for x in (model, weak))
-    if differing := [name for name in one if one[name] != other[name]]:
+    differing = [name for name in one if one[name] != other[name]]
+    if not math.isclose(model.scale_factor, weak.scale_factor, rel_tol=0.05):  # each measured its own on a batch
+        differing.append("scale factor")
+    if differing:
         raise UserError(f"weak: autoguidance needs a model of the same latents, conditions, schedule and "
                         f"parameterization; this one differs in its {', '.join(differing)}")
 

@@ -100,7 +100,7 @@ def test_away_from_a_weaker_model(zero):
     other = dataclasses.replace(zero, schedule=schedule_lib.make_schedule("linear", 20))
     with pytest.raises(UserError, match="same latents.* differs in its schedule"):
         zero.sample(weak=other, guidance_scale=2.0)
-    with pytest.raises(UserError, match="differs in its first stage"):
+    with pytest.raises(UserError, match="differs in its scale factor"):
         zero.sample(weak=dataclasses.replace(zero, scale_factor=3.0), guidance_scale=2.0)
 
 
@@ -157,6 +157,7 @@ def test_outpaint():
     (dict(quantize_x0=True), "VQ first stage"),
     (dict(guidance_interval=(2, 1)), "low < high"),
     (dict(threshold=2.0), "threshold=2.0 must be a finite number, 0 to 1"),
+    (dict(only=[]), "name at least one number"),
     (dict(colour=1), "unknown setting colour"),
 ])
 def test_mistakes(zero, options, message):
