@@ -230,6 +230,8 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
     if not prompts or not all(prompts):
         raise UserError("empty prompt: say what to draw, for example --prompt \"red apple\"")
     for prompt in prompts:
-        if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            raise UserError(f"prompt {prompt!a} is not UTF-8 text")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"prompt {prompt!a} is not UTF-8 text") from None
     return prompts

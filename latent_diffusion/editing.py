@@ -83,8 +83,7 @@ def resolve_variation(
         raise UserError("variation and variation_seed must be given together")
     if variation is None:
         return {}
-    if not 0 <= variation_seed < 2**32:
-        raise UserError(f"variation_seed={variation_seed} must lie between 0 and {2**32 - 1}")
+    request.check_seed(variation_seed, "variation_seed")
     amount = np.atleast_1d(np.asarray(variation, np.float32))
     if not np.all((amount >= 0) & (amount <= 1)):
         raise UserError(f"variation={variation} must lie between 0 and 1")

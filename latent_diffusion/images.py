@@ -11,7 +11,7 @@ from etils import epath
 from jaxtyping import Bool, Float, Int, Num, UInt8
 from PIL import Image, ImageColor, ImageDraw, ImageFont, PngImagePlugin
 
-from latent_diffusion import layouts
+from latent_diffusion import files, layouts
 
 TEXT_SIZE = 13  # pixels
 TITLE_SIZE = 16
@@ -236,10 +236,7 @@ def save_png(path: epath.PathLike, image: np.ndarray | Image.Image, metadata: Ma
     data = io.BytesIO()
     picture = image if isinstance(image, Image.Image) else _to_pil(image)
     picture.save(data, "png", pnginfo=chunks)
-    path = epath.Path(path)
-    part = path.with_name(path.name + ".part")  # so that a run that is stopped leaves whole pictures only
-    part.write_bytes(data.getvalue())
-    part.replace(path)
+    files.write_whole(epath.Path(path), data.getvalue())
 
 
 def save_npz(

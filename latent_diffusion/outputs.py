@@ -19,7 +19,7 @@ from latent_diffusion.errors import UserError
 MAX_IN_GRID = 100  # pictures; all of them are in the single files
 MAX_IN_MOTION = 16  # pictures whose denoising is shown
 NUMBERED = re.compile(r"\d{6,}\.png")
-OURS = re.compile(r"\d{6,}\.png|(samples|progressive)\.png|samples\.(npz|gif|webp)")  # of an earlier run
+OURS = re.compile(NUMBERED.pattern + r"|(samples|progressive)\.png|samples\.(npz|gif|webp)")  # of an earlier run
 SOFTWARE = {"Software": "latent_diffusion"}  # in the metadata of our pictures
 
 
@@ -65,7 +65,7 @@ def missing(
             found_missing.append(number)
             continue
         if (found := _text(path)).get(REQUEST) == (wanted := metadata(number))[REQUEST]:
-            found_missing += [] if _text(path, whole=True) else [number]
+            found_missing += [] if _is_whole(path) else [number]
         else:
             ours, theirs = (json.loads(x.get(REQUEST, "{}")) for x in (wanted, found))
             differing = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
@@ -79,15 +79,22 @@ def next_number(output: epath.Path, least: int) -> int:
     return max([least, *(int(path.stem) + 1 for path in output.iterdir() if NUMBERED.fullmatch(path.name))])
 
 
-def _text(path: epath.Path, whole: bool = False) -> dict[str, str]:
-    """Metadata of a PNG, {} if it is none or, where it is read as a `whole`, damaged."""
+def _text(path: epath.Path) -> dict[str, str]:
+    """Metadata of a PNG, even of one that was cut off; {} if it is none."""
     try:
         with path.open("rb") as file, Image.open(file) as image:
-            if whole:
-                image.load()
             return {key: value for key, value in image.info.items() if isinstance(value, str)}  # what precedes pixels
     except (OSError, SyntaxError, ValueError):
         return {}
+
+
+def _is_whole(path: epath.Path) -> bool:
+    """Whether a picture can be read to its end."""
+    try:
+        _pixels(path)
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
 
 
 def about(wanted: Mapping[str, Any], common: Mapping[str, Any], number: int) -> dict[str, Any]:

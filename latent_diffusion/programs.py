@@ -284,8 +284,7 @@ def _condition_map(
 ) -> dict[str, Array]:
     """`training.diffusion.condition_map`, where the first stage encodes in patches if there are tiles."""
     networks = networks or program.models
-    encode = functools.partial(
-        _encode, params, scale_factor=jnp.ones(()), models=networks, tile=program.coder_tile)
+    encode = functools.partial(_means, params, models=networks, tile=program.coder_tile)
     return stage2.condition_map(
         networks, params, params["first_stage"], batch, program.conditioning, encode=encode)
 
@@ -295,7 +294,7 @@ def _decode(
 ) -> Array:
     """Pictures of scaled latents, in patches where there are tiles."""
     def decode(z: Array, moments: Any) -> Array:
-        variables = {"params": params["first_stage"]} | ({"moments": moments} if moments else {})
+        variables = {"params": params["first_stage"], "moments": moments}
         return models.first_stage.apply(variables, z, method="decode").astype(jnp.float32)
 
     z = z / scale_factor
@@ -308,13 +307,18 @@ def _encode(
     params: Any, x: Array, scale_factor: Array, *, models: models.Models, tile: Tile | None = None
 ) -> Array:
     """Scaled latents of pictures, in patches where there are tiles."""
+    return scale_factor * _means(params, x, models=models, tile=tile)
+
+
+def _means(params: Any, x: Array, *, models: models.Models, tile: Tile | None) -> Array:
+    """The means of unscaled latents."""
     def encode(x: Array, moments: Any) -> Array:
         return stage2.posterior(models, params["first_stage"], x, moments)[0]
 
     if tile is None:
-        return scale_factor * encode(x, {})
+        return encode(x, {})
     moments = functools.partial(_moments, models, params, "encode")
-    return scale_factor * tiles.alike(encode, moments, x, tile.side * tile.factor, tile.overlap * tile.factor)
+    return tiles.alike(encode, moments, x, tile.side * tile.factor, tile.overlap * tile.factor)
 
 
 def _moments(networks: models.Models, params: Any, method: str, patch: Array) -> Any:

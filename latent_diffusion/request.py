@@ -116,6 +116,12 @@ def _label_numbers(label: str | int, names: Sequence[str]) -> list[int]:
     return exact[:1] or conditions_lib.parse_labels(label, names).tolist()
 
 
+def check_seed(seed: int, name: str = "seed") -> None:
+    """Raises UserError unless it is one that keys are made of."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"{name}={seed} must lie between 0 and {2**32 - 1}")
+
+
 # --- layouts and maps ------------------------------------------------------------------------------------------------
 
 

@@ -109,8 +109,7 @@ def _check_numbers(config: Any, values: dict[str, Any], seed: int) -> None:
     interval = values["guidance_interval"] = tuple(float(x) for x in values["guidance_interval"])
     if interval and (len(interval) != 2 or not 0 <= interval[0] < interval[1]):
         raise UserError(f"guidance_interval={interval} must be two noise levels, low < high, or nothing")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed} must lie between 0 and {2**32 - 1}")
+    request.check_seed(seed)
     if values["quantize_x0"] and config.first_stage.model.kind != "vq":
         raise UserError("quantize_x0 is for models with a VQ first stage, which has a codebook")
     for name in ("clip_x0", "quantize_x0", "two_passes"):

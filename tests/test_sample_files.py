@@ -76,7 +76,7 @@ def test_a_stopped_run_goes_on(workdir, tmp_path, capsys):
     assert draw(workdir, out, *ASKED, "--num_samples", "4", "--resume") == 0
     assert "3 of 4 pictures are there already" in capsys.readouterr().out
     np.testing.assert_array_equal(pixels(out / "000001.png"), pixels(io.BytesIO(first["000001.png"])))
-    assert not list(out.glob("*.part"))
+    assert not list(out.glob("unfinished-*"))
     (out / "000001.png").write_bytes(b"no picture of ours")
     assert "damaged" in refused(capsys, workdir, out, *ASKED, "--num_samples", "4", "--resume")
     assert draw(workdir, out, *ASKED, "--num_samples", "4", "--overwrite", "--no-npz") == 0

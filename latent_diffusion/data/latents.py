@@ -15,6 +15,7 @@ from etils import epath
 from jaxtyping import Float
 from tqdm import tqdm
 
+from latent_diffusion import files
 from latent_diffusion.data.transforms import View
 from latent_diffusion.errors import UserError
 
@@ -135,7 +136,7 @@ def _write_shard(path: epath.Path, pending: list[dict[str, Any]]) -> None:
             raise UserError(f"the first stage's latents are not finite in float16 (largest: {np.abs(exact).max()})")
         buffer = io.BytesIO()
         np.save(buffer, half)
-        _replace(path.parent / f"{path.name}-{key}.npy", buffer.getvalue())
+        files.write_whole(path.parent / f"{path.name}-{key}.npy", buffer.getvalue())
         facts[f"{key}_sum"] = float(np.sum(exact, dtype=np.float64))
         facts[f"{key}_square"] = float(np.sum(exact**2, dtype=np.float64))
         facts["values"] = exact.size
@@ -156,14 +157,7 @@ def _summary(path: epath.Path, plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_json(path: epath.Path, value: Any) -> None:
-    _replace(path, json.dumps(value, ensure_ascii=False).encode())
-
-
-def _replace(path: epath.Path, content: bytes) -> None:
-    """Writes a file that is either there as a whole or not at all."""
-    unfinished = path.parent / f"unfinished-{path.name}"
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+    files.write_whole(path, json.dumps(value, ensure_ascii=False).encode())
 
 
 def is_complete(path: epath.PathLike) -> bool:

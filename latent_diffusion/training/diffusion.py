@@ -31,8 +31,7 @@ def posterior(
 ) -> tuple[Array, Array]:
     """Mean and standard deviation of the unscaled latents (std 0 for first stages without a posterior); `moments` that
     the groups are normalized by, if not their own: see `models.layers.GroupNorm`."""
-    variables = {"params": params} | ({"moments": moments} if moments else {})
-    encoded = models.first_stage.apply(variables, image, method="encode")
+    encoded = models.first_stage.apply({"params": params, "moments": moments or {}}, image, method="encode")
     if isinstance(encoded, jax.Array):
         return encoded.astype(jnp.float32), jnp.zeros(encoded.shape, jnp.float32)
     return encoded.mean, encoded.std
