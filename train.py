@@ -26,17 +26,13 @@ def on_signals(handler) -> None:
 if __name__ == "__main__":
     on_signals(stop_at_once)  # nothing to tidy up while the imports run
 
-import contextlib  # noqa: E402
-import difflib  # noqa: E402
 import logging  # noqa: E402
-import re  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 
 from absl import flags  # noqa: E402
-from etils import epath  # noqa: E402
-from ml_collections import ConfigDict, config_flags  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
 
-from latent_diffusion import parallel  # noqa: E402
+from latent_diffusion import command_line, parallel  # noqa: E402
 from latent_diffusion.errors import UserError  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:TOKEN,... ; see docs/configs.md", lock_config=True)
@@ -49,54 +45,10 @@ _DEBUG = flags.DEFINE_bool("debug", False, "Show where a mistake was found.")
 
 def parse(argv: Sequence[str]) -> None:
     """Parses the flags; whatever is wrong with them is a `UserError`."""
-    try:
-        rest = flags.FLAGS(argv)
-        config = _CONFIG.value
-        if config is not None:
-            config.to_dict()  # a config that could not be read says so when it is used
-    except Exception as error:
-        raise UserError(explain(argv, error)) from error
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value or --name value")
+    command_line.parse(argv, _CONFIG)
     for flag in (_CONFIG, _WORKDIR):
         if not flag.value:
             raise UserError(f"--{flag.name} is missing; usage: {' '.join(__doc__.splitlines()[2].split())}")
-
-
-def explain(argv: Sequence[str], error: BaseException) -> str:
-    """One line on why flags could not be parsed: ours, where ours is among the causes of what the libraries raise."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, UserError) and "Traceback" not in str(cause):
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
-    named = re.search(r"(?:^|\s)--?config[= ](\S+)", " ".join(argv))
-    file = named[1].split(":")[0] if named else ""
-    if named and not epath.Path(file).is_file():
-        folder = epath.Path(file).parent
-        known = sorted(str(path) for path in folder.glob("*.py")) if folder.is_dir() else []
-        return f"there is no config file {file}" + (f"; choose from {', '.join(known)}" if known else "")
-    if isinstance(error, flags.Error):
-        return str(error)
-    with contextlib.suppress(Exception):  # of a file that is itself at fault
-        if unknown := unknown_key(argv, flags.FLAGS["config"].parser.parse(named[1])):
-            return unknown
-    return f"{file}: {type(error).__name__}: {error}; --debug shows where"
-
-
-def unknown_key(argv: Sequence[str], config: ConfigDict) -> str:
-    """Names the first ``--config.a.b`` that is no key, with the keys that there are; "" if all are keys."""
-    for path in re.findall(r"(?:^|\s)--?(?:no)?config\.([^\s=]+)", " ".join(argv)):
-        node, known = config, ""
-        for key in path.split("."):
-            if not isinstance(node, ConfigDict):
-                return f"unknown key --config.{path}: config.{known} has no parts"
-            if key not in node:
-                close = difflib.get_close_matches(key, node, n=1)
-                return (f"unknown key --config.{path}; " + (f"did you mean {close[0]}? " if close else "")
-                        + f"config{'.' * bool(known)}{known} has {', '.join(node)}")
-            node, known = node[key], f"{known}.{key}".lstrip(".")
-    return ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

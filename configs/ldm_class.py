@@ -19,7 +19,7 @@ from latent_diffusion import defaults
 def _variant(
     channels: int, channel_mult: tuple[int, ...], attention: tuple[int, ...], batch_size: int, rate: float, *,
     num_steps: int = 2_000_000, num_heads: int = 1, num_head_channels: int = -1, sampling: dict | None = None,
-    null_class: bool = True, **first_stage: object
+    null_class: bool = True, first: str = "", **first_stage: object
 ) -> dict:
     return dict(
         data=dict(name="imagenet2012", crop="random", min_crop_scale=1.0),
@@ -27,7 +27,7 @@ def _variant(
                    attention_resolutions=attention, channel_mult=channel_mult, num_heads=num_heads,
                    num_head_channels=num_head_channels, use_spatial_transformer=True, context_dim=512),
         conditioning=dict(crossattn="class", width=512, null_class=null_class, dropout=0.1 if null_class else 0.0),
-        first_stage=dict(scale_factor=1.0, **first_stage),
+        first_stage=dict(scale_factor=1.0, config=first and f"configs/autoencoder_vq.py:{first}", **first_stage),
         diffusion=dict(linear_start=0.0015, linear_end=0.0195),
         optimizer=dict(learning_rate=rate, scale_lr=False),
         training=dict(batch_size=batch_size, num_steps=num_steps), sampling=sampling or dict(steps=100),
@@ -35,16 +35,16 @@ def _variant(
 
 
 VARIANTS = {
-    "cin256_v2": _variant(192, (1, 2, 3, 5), (8, 4, 2), 1200, 1e-4, num_steps=178_000,
+    "cin256_v2": _variant(192, (1, 2, 3, 5), (8, 4, 2), 1200, 1e-4, num_steps=178_000, first="f4",
                           sampling=dict(steps=250, guidance_scale=1.5)),
     "cin256": _variant(256, (1, 2, 4), (4, 2, 1), 64, 6.4e-5, num_steps=4_800_000, num_heads=-1, num_head_channels=32,
-                       sampling=dict(steps=200, eta=1.0), null_class=False),
+                       sampling=dict(steps=200, eta=1.0), null_class=False, first="f8"),
     "ldm1": _variant(192, (1, 1, 2, 2, 4, 4), (32, 16, 8), 7, 4.9e-5, model=dict(kind="identity")),
-    "ldm2": _variant(192, (1, 2, 2, 4, 4), (16, 8, 4), 9, 6.3e-5),
-    "ldm4": _variant(192, (1, 2, 3, 5), (8, 4, 2), 40, 8e-5),
-    "ldm8": _variant(256, (1, 2, 4), (4, 2, 1), 64, 6.4e-5),
-    "ldm16": _variant(256, (1, 2, 4), (4, 2, 1), 112, 4.5e-5),
-    "ldm32": _variant(256, (1, 2, 4), (4, 2, 1), 112, 4.5e-5),
+    "ldm2": _variant(192, (1, 2, 2, 4, 4), (16, 8, 4), 9, 6.3e-5, first="f2"),
+    "ldm4": _variant(192, (1, 2, 3, 5), (8, 4, 2), 40, 8e-5, first="f4"),
+    "ldm8": _variant(256, (1, 2, 4), (4, 2, 1), 64, 6.4e-5, first="f8"),
+    "ldm16": _variant(256, (1, 2, 4), (4, 2, 1), 112, 4.5e-5, first="f16"),
+    "ldm32": _variant(256, (1, 2, 4), (4, 2, 1), 112, 4.5e-5, first="f32"),
 }
 _NULL = dict(conditioning=dict(width=128, null_class=True, dropout=0.1))  # whatever the variant says
 EMOJI = defaults.merged(defaults.EMOJI, _NULL, dict(

@@ -18,21 +18,21 @@ from latent_diffusion import config as config_lib
 from latent_diffusion import defaults
 
 
-def _variant(**model: object) -> dict:
+def _variant(first: str, **model: object) -> dict:
     return dict(
         data=dict(crop="random", min_crop_scale=0.5),
         model=dict(image_size=0, in_channels=0, out_channels=0, num_res_blocks=2, num_heads=8) | model,
         conditioning=dict(concat="inpainting"),
-        first_stage=dict(scale_factor=1.0),
+        first_stage=dict(scale_factor=1.0, config=f"configs/autoencoder_vq.py:{first}"),
         diffusion=dict(linear_start=0.0015, linear_end=0.0205, loss="l1"),
         optimizer=dict(learning_rate=1e-7, warmup_steps=1000, schedule="cosine", final_factor=1e-3),
         training=dict(batch_size=128, num_steps=360_000), sampling=dict(steps=50, eta=0.0),
     )
 
 
-_LDM4 = _variant(model_channels=128, attention_resolutions=(), channel_mult=(1, 4, 8))
+_LDM4 = _variant("f4", model_channels=128, attention_resolutions=(), channel_mult=(1, 4, 8))
 VARIANTS = {
-    "big": _variant(model_channels=256, attention_resolutions=(8, 4, 2), channel_mult=(1, 2, 3, 4),
+    "big": _variant("f4_noattn", model_channels=256, attention_resolutions=(8, 4, 2), channel_mult=(1, 2, 3, 4),
                     resblock_updown=True),
     "ldm4": _LDM4,
     "ldm1": _LDM4 | dict(first_stage=dict(scale_factor=1.0, model=dict(kind="identity"))),

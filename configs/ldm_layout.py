@@ -18,13 +18,15 @@ from latent_diffusion import config as config_lib
 from latent_diffusion import defaults
 
 
-def _variant(name: str, objects_key: str, batch_size: int, num_steps: int, **model: object) -> dict:
+def _variant(
+    name: str, objects_key: str, first: str, batch_size: int, num_steps: int, **model: object
+) -> dict:
     return dict(
         data=dict(name=name, objects_key=objects_key, crop="random", min_crop_scale=0.7, flip=True),
         model=dict(image_size=0, in_channels=0, out_channels=0, num_res_blocks=2, num_heads=-1, num_head_channels=32,
                    use_spatial_transformer=True, context_dim=512, **model),
         conditioning=dict(crossattn="layout", width=512, layout=dict(flags="group")),
-        first_stage=dict(scale_factor=1.0),
+        first_stage=dict(scale_factor=1.0, config=f"configs/autoencoder_vq.py:{first}"),
         diffusion=dict(linear_start=0.0015, linear_end=0.0205, loss="l1"),
         optimizer=dict(learning_rate=2e-6),
         training=dict(batch_size=batch_size, num_steps=num_steps), sampling=dict(steps=200, eta=0.0),
@@ -32,9 +34,9 @@ def _variant(name: str, objects_key: str, batch_size: int, num_steps: int, **mod
 
 
 VARIANTS = {
-    "openimages": _variant("open_images_v4/300k", "bobjects", 24, 4_400_000, model_channels=128, transformer_depth=3,
-                           attention_resolutions=(8, 4, 2), channel_mult=(1, 2, 3, 4)),
-    "coco": _variant("coco/2017", "objects", 48, 170_000, model_channels=192, transformer_depth=2, dropout=0.1,
+    "openimages": _variant("open_images_v4/300k", "bobjects", "f4", 24, 4_400_000, model_channels=128,
+                           transformer_depth=3, attention_resolutions=(8, 4, 2), channel_mult=(1, 2, 3, 4)),
+    "coco": _variant("coco/2017", "objects", "f8", 48, 170_000, model_channels=192, transformer_depth=2, dropout=0.1,
                      attention_resolutions=(4, 2, 1), channel_mult=(1, 2, 4)),
 }
 _FEW = dict(max_objects=4, crop=False, flags="none", vocab_size=257, max_length=12, layers=0, heads=4, head_dim=32)

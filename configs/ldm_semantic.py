@@ -22,7 +22,7 @@ def _variant(size: int, batch_size: int) -> dict:
         model=dict(image_size=0, in_channels=0, out_channels=0, model_channels=128, num_res_blocks=2,
                    attention_resolutions=(32, 16, 8), channel_mult=(1, 4, 8), num_heads=8),
         conditioning=dict(concat="segmentation", segmentation=dict(num_classes=182)),
-        first_stage=dict(scale_factor=1.0),
+        first_stage=dict(scale_factor=1.0, config="configs/autoencoder_vq.py:f4"),
         diffusion=dict(linear_start=0.0015, linear_end=0.0205, loss="l1"),
         optimizer=dict(learning_rate=1e-6),
         training=dict(batch_size=batch_size, num_steps=360_000), sampling=dict(steps=200, eta=1.0),

@@ -21,7 +21,7 @@ def _variant(degradation: str) -> dict:
         model=dict(image_size=0, in_channels=0, out_channels=0, model_channels=160, num_res_blocks=2,
                    attention_resolutions=(16, 8), channel_mult=(1, 2, 2, 4), num_heads=-1, num_head_channels=32),
         conditioning=dict(concat="low_res", low_res=dict(factor=4, degradation=degradation)),
-        first_stage=dict(scale_factor=1.0),
+        first_stage=dict(scale_factor=1.0, config="configs/autoencoder_vq.py:f4"),
         diffusion=dict(linear_start=0.0015, linear_end=0.0155),
         optimizer=dict(learning_rate=1e-6),
         training=dict(batch_size=64, num_steps=860_000), sampling=dict(steps=100, eta=1.0),

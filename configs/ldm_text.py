@@ -25,7 +25,7 @@ _KL8 = dict(
                transformer_depth=1, legacy=False, remat="full"),
     conditioning=dict(crossattn="text"),
     diffusion=dict(linear_start=0.00085, linear_end=0.012),
-    first_stage=dict(scale_factor=0.18215),
+    first_stage=dict(scale_factor=0.18215, config="configs/autoencoder_kl.py:f8"),
     optimizer=dict(learning_rate=1e-4, scale_lr=False, warmup_steps=10_000),
 )
 VARIANTS = {
@@ -40,7 +40,7 @@ VARIANTS = {
                    attention_resolutions=(8, 4, 2), channel_mult=(1, 2, 3, 5), num_heads=-1, num_head_channels=32,
                    use_spatial_transformer=True, transformer_depth=1, context_dim=640),
         conditioning=dict(crossattn="text", width=640),
-        first_stage=dict(scale_factor=1.0),
+        first_stage=dict(scale_factor=1.0, config="configs/autoencoder_vq.py:f4"),
         optimizer=dict(learning_rate=2e-6),
         training=dict(batch_size=28),
         sampling=dict(steps=100),

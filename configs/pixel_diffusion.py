@@ -33,7 +33,7 @@ VARIANTS = {
         training=dict(batch_size=9, num_steps=500_000), sampling=dict(steps=200),
     )),
 }
-_OWN = dict(data=dict(image_size=32), first_stage=dict(scale_factor=1.0),
+_OWN = dict(data=dict(image_size=32), first_stage=dict(scale_factor=1.0, config=""),
             model=dict(attention_resolutions=(4,), channel_mult=(1, 2, 2)),
             diffusion=dict(beta_schedule="linear"), conditioning=dict(label=False, null_class=True))
 MODIFIERS = {

@@ -10,9 +10,11 @@ with ``--config.section.key=value``.
 """
 
 import json
+import runpy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from latent_diffusion import conditions, defaults, layouts, sizes
@@ -21,8 +23,8 @@ from latent_diffusion.errors import UserError, choose
 
 FREELY_CHANGED = (  # keys that a resumed run may change: they alter neither the model nor the data
     "training.num_steps", "training.log_every", "training.image_every", "evaluation", "sampling", "checkpoint",
-    "data.workers", "data.threads", "data.data_dir", "data.path", "first_stage.workdir", "first_stage.cache",
-    "training.initial", "training.initial_skip",
+    "data.workers", "data.threads", "data.data_dir", "data.path", "first_stage.workdir", "first_stage.config",
+    "first_stage.cache", "training.initial", "training.initial_skip",
     "conditioning.text.weights", "conditioning.text.vocab",
 )
 
@@ -91,6 +93,17 @@ def data_arguments(stage: str) -> dict[str, tuple[type, Callable[[Any], dict]]]:
         arguments["channels"] = (int, lambda n: dict(
             data=dict(channels=n), model=dict(in_channels=n, out_channels=n)))
     return arguments
+
+
+def load(name: str) -> ConfigDict:
+    """The config that ``configs/NAME.py:TOKEN,..`` names, of any folder, or beside the package where there is no such
+    file. Raises UserError if there is none, and as `resolve`."""
+    file, _, argument = name.partition(":")
+    path = epath.Path(file)
+    path = path if path.exists() else epath.Path(__file__).parent.parent / file
+    if not path.exists():
+        raise UserError(f"there is no config file {file}")
+    return runpy.run_path(str(path))["get_config"](argument)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -169,6 +169,7 @@ def diffusion() -> ConfigDict:
             **_beginning(), batch_size=96, num_steps=500_000, accumulate=1, log_every=100, image_every=5000),
         first_stage=dict(
             workdir="",           # the stage-1 workdir; its weights are copied into this run's workdir
+            config="",            # FILE:TOKEN of the first stage that it was published with
             scale_factor=0.0,     # latents are multiplied by it; 0 = measure 1/std on the first batches
             scale_by_std=False,   # imported models: the factor was measured there, and is part of the weights
             cache="",             # folder of the latents cache (written when missing); "" = encode online
@@ -257,6 +258,7 @@ _PLAIN = dict(  # whatever the variant says
                remat="none"),
     first_stage=dict(scale_factor=0.0),
 )
+_KL = "configs/autoencoder_kl.py"
 _LEARN_FAST = dict(
     model=dict(conv_resample=False, num_head_channels=32),
     diffusion=dict(linear_start=0.0015, linear_end=0.0195, loss="l2", parameterization="v"),
@@ -264,6 +266,7 @@ _LEARN_FAST = dict(
 )
 EMOJI = merged(_PLAIN, _LEARN_FAST, dict(  # built-in pictures of 64 pixels, minutes on a CPU
     data=dict(source="emoji", image_size=64, styles=("twemoji",)),
+    first_stage=dict(config=f"{_KL}:emoji"),
     model=dict(model_channels=32, attention_resolutions=(4,), channel_mult=(1, 2, 4)),
     optimizer=dict(name="muon", learning_rate=6e-3),
     ema=dict(decay=0.99),
@@ -274,6 +277,7 @@ EMOJI = merged(_PLAIN, _LEARN_FAST, dict(  # built-in pictures of 64 pixels, min
 ))
 SMALL = merged(_PLAIN, _LEARN_FAST, dict(  # pictures of 64 pixels of any source
     data=dict(image_size=64),
+    first_stage=dict(config=f"{_KL}:small"),
     model=dict(model_channels=64, attention_resolutions=(2, 4), channel_mult=(1, 2, 3)),
     optimizer=dict(learning_rate=1.5e-3),
     ema=dict(decay=0.998),
@@ -284,6 +288,7 @@ SMALL = merged(_PLAIN, _LEARN_FAST, dict(  # pictures of 64 pixels of any source
 ))
 SMOKE = merged(_PLAIN, dict(  # seconds
     data=dict(source="memory", image_size=32),
+    first_stage=dict(config=f"{_KL}:smoke"),
     model=dict(model_channels=32, attention_resolutions=(2,), channel_mult=(1, 2), num_head_channels=16),
     training=dict(batch_size=8, num_steps=4, log_every=2, image_every=0),
     evaluation=dict(every=0, num_images=4),

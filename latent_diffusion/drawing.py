@@ -97,7 +97,7 @@ def batches(
     devices = jax.local_device_count()
     batch_size = math.ceil((batch_size or min(len(positions), BATCH_SIZE)) / devices) * devices
     start, draw = programs.compiled(program(model, asked, job))
-    shared = parallel.replicate(_shared(model, asked, job))
+    shared = parallel.replicate(shared_arguments(model, asked, job))
     arrays = {**conditions, **job.arrays, "guidance_scale": np.asarray(asked.guidance_scale, np.float32)}
     for first in range(0, len(positions), batch_size):
         here = positions[first : first + batch_size]
@@ -115,7 +115,7 @@ def batches(
         yield Samples(found["images"], found["latents"], found.get("frames"))
 
 
-def _shared(model: Any, asked: settings_lib.Settings, job: Job) -> dict[str, Any]:
+def shared_arguments(model: Any, asked: settings_lib.Settings, job: Job) -> dict[str, Any]:
     """What all pictures have in common, as `programs.start` and `programs.draw` want it."""
     alpha, sigma = samplers.first_level(asked.sampler, model.schedule, asked.steps, asked.spacing, asked.first)
     numbers = dict(scale_factor=model.scale_factor, eta=asked.eta, temperature=asked.temperature, alpha=alpha,

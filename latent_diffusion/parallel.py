@@ -7,7 +7,9 @@ multi-process runs. A step must average what it returns (`mean_over_devices`): p
 """
 
 import functools
+import math
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable
@@ -142,7 +144,28 @@ def _pmap(function: Callable, static: dict[str, Any], in_axes: tuple, **options:
     def call(*arguments: Any) -> Any:
         return mapped(*((argument,) for argument in arguments))
 
+    call.mapped = mapped
     return call
+
+
+def compile_ahead(call: Callable, *arguments: Any) -> tuple[Callable, Any]:
+    """What a `pmap_...` function does with arguments such as these, compiled now: to be called like it, and the
+    compiled program (its `as_text`, `memory_analysis`). In one process only."""
+    compiled = call.mapped.lower(*((argument,) for argument in arguments)).compile()
+    return lambda *arguments: compiled(*((argument,) for argument in arguments)), compiled
+
+
+def collectives(text: str) -> list[tuple[str, int]]:
+    """The collectives of a compiled program (`compile_ahead`): kind and bytes of the result."""
+    kinds = r"all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+    found = re.findall(rf"= (.+?) ({kinds})(?:-start)?\(", text)
+    return [(kind, sum(_bytes(*shape) for shape in re.findall(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]", shapes)))
+            for shapes, kind in found]
+
+
+def _bytes(dtype: str, shape: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+    return math.prod(map(int, filter(None, shape.split(",")))) * bits // 8
 
 
 def peak_memory() -> int:

@@ -25,6 +25,17 @@ def map_channels(config: Any) -> int:
             "inpainting": latent_channels(config) + 1}.get(config.conditioning.concat, 0)
 
 
+def complete(config: Any) -> None:
+    """Fills in the sizes of the UNet's input and output that are 0 and follow from the first stage, whose own channels
+    are the data's where it is the identity."""
+    first, model, channels = config.first_stage.model, config.model, latent_channels(config)
+    if first.kind == "identity":
+        first.in_channels = first.out_channels = config.data.channels
+    model.image_size = model.image_size or config.data.image_size // factor(first)
+    model.in_channels = model.in_channels or channels + map_channels(config)
+    model.out_channels = model.out_channels or channels
+
+
 def label_rows(config: Any) -> int:
     """Rows of the class table; the last is the null class, if there is one."""
     return config.conditioning.num_classes + bool(config.conditioning.null_class)

@@ -43,14 +43,10 @@ def complete_config(config: Any, workdir: epath.Path) -> None:
     elif first.workdir:
         first.model = read_config(first.workdir).model
     elif first.model.kind != "identity":
-        raise UserError("first_stage.workdir is empty: train an autoencoder first, then give its workdir with "
+        how = f" (python train.py --config {first.config} --workdir DIR)" if first.config else ""
+        raise UserError(f"first_stage.workdir is empty: train an autoencoder first{how}, then give its workdir with "
                         "--config.first_stage.workdir=DIR")
-    if first.model.kind == "identity":
-        first.model.in_channels = first.model.out_channels = config.data.channels
-    channels = sizes.latent_channels(config)
-    config.model.image_size = config.model.image_size or config.data.image_size // sizes.factor(first.model)
-    config.model.in_channels = config.model.in_channels or channels + sizes.map_channels(config)
-    config.model.out_channels = config.model.out_channels or channels
+    sizes.complete(config)
 
 
 def read_config(workdir: str) -> Any:

@@ -1,0 +1,231 @@
+"""Time of a training step, or of DDIM sampling, beside diffusers: equal UNets with shared weights, in turn in one run.
+
+    python benchmarks/torch_peer.py --mode train --model churches --channels 96 --batch 4
+    python benchmarks/torch_peer.py --mode sample --model cin --channels 192 --batch 2 --compile
+    python benchmarks/torch_peer.py --mode train --model cin --channels 192 --size 64 --batch 64 --bfloat16 --compile
+
+Needs requirements-parity.txt, or on a GPU diffusers and a torch for it. `churches` is the unconditional LDM-8 of
+LSUN-churches, `cin` the class-conditional LDM-4 of ImageNet (cin256_v2), both with --channels instead of 192 channels.
+A training step is noise, loss, gradients, AdamW (torch's fused one) and EMA, on latents. Theirs runs in PyTorch's eager
+mode in both memory layouts, with --compile also compiled. Prints how far the two predictions and the gradients are
+apart, then the seconds of each way of each side in each round, and last the ratio of the best times, ours / theirs.
+Compiling is done before and not counted.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import traverse_util
+
+from latent_diffusion import defaults, models, parallel
+from latent_diffusion.diffusion import samplers
+from latent_diffusion.diffusion import schedule as schedule_lib
+from latent_diffusion.interop import diffusers_names, diffusers_settings
+from latent_diffusion.training import diffusion as stage2
+from latent_diffusion.training import optimizer
+from latent_diffusion.training.state import TrainState
+
+CUDA = torch.cuda.is_available()
+
+MODELS = {
+    "churches": dict(in_channels=4, out_channels=4, channel_mult=(1, 2, 2, 4, 4), attention_resolutions=(1, 2, 4, 8),
+                     use_scale_shift_norm=True, resblock_updown=True, num_heads=-1, num_head_channels=32),
+    "cin": dict(in_channels=3, out_channels=3, channel_mult=(1, 2, 3, 5), attention_resolutions=(8, 4, 2), num_heads=1,
+                use_spatial_transformer=True, context_dim=512),
+}
+
+
+def make_config(name: str, channels: int, size: int, batch: int, dtype: str):
+    config = defaults.diffusion()
+    config.model.update(MODELS[name] | dict(model_channels=channels, image_size=size, dtype=dtype))
+    config.optimizer.update(dict(learning_rate=1e-4, scale_lr=False))
+    config.training.batch_size = batch
+    config.conditioning.crossattn = "vectors" if config.model.context_dim else "none"
+    return config
+
+
+def make_params(unet, inputs: dict[str, jax.Array], seed: int):
+    """Random, also where a new network has zeros."""
+    shapes = jax.eval_shape(lambda key: unet.init(key, **inputs), jax.random.key(0))["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        size = 0.05 if len(leaf.shape) < 2 else np.prod(leaf.shape[:-1]) ** -0.5
+        return np.float32((path[-1].key == "scale") + size * rng.normal(size=leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def their_unet(config, params) -> torch.nn.Module:
+    given = diffusers_settings.unet_config(config)
+    unet = getattr(diffusers, given["_class_name"]).from_config(given)
+    state = {}
+    for path, value in traverse_util.flatten_dict(params).items():
+        heads = 1
+        if "qkv" in path:
+            heads, _ = models.build(config).unet.head_layout(value.shape[-1] // 3)
+        keys = diffusers_names.unet(path, config.model)
+        values = diffusers_names.to_theirs(path, value, heads, config.model.use_new_attention_order, "unet")
+        state |= {key: torch.tensor(np.array(part)) for key, part in zip(keys, values, strict=True)}
+    unet.load_state_dict(state)
+    return unet.eval().to("cuda" if CUDA else "cpu")
+
+
+def their_sampler(unet, config, z_T: torch.Tensor, extra: dict[str, torch.Tensor], steps: int) -> Callable[[], None]:
+    scheduler = diffusers.DDIMScheduler.from_config(diffusers_settings.scheduler_config(config))
+
+    @torch.inference_mode()
+    def run() -> np.ndarray:
+        scheduler.set_timesteps(steps)
+        z = z_T
+        for t in scheduler.timesteps:
+            z = scheduler.step(unet(z, t, **extra).sample, t, z, eta=0.0).prev_sample
+        return z.float().cpu().numpy().transpose(0, 2, 3, 1)
+
+    return run
+
+
+def their_trainer(unet, config, z_0: torch.Tensor, extra: dict[str, torch.Tensor], steps: int) -> Callable[[], None]:
+    scheduler = diffusers.DDPMScheduler.from_config(diffusers_settings.scheduler_config(config))
+    options, parameters = config.optimizer, [*unet.parameters()]
+    adamw = torch.optim.AdamW(parameters, lr=options.learning_rate, betas=(options.b1, options.b2), eps=options.eps,
+                              weight_decay=options.weight_decay, fused=True)
+    averages = [p.detach().clone() for p in parameters]
+
+    def run() -> None:
+        for _ in range(steps):
+            eps, t = torch.randn_like(z_0), torch.randint(config.diffusion.timesteps, z_0.shape[:1], device=z_0.device)
+            z_t = scheduler.add_noise(z_0, eps, t)
+            with torch.autocast(z_0.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16"):
+                prediction = unet(z_t, t, **extra).sample
+            loss = torch.nn.functional.mse_loss(prediction.float(), eps)
+            adamw.zero_grad(set_to_none=True)
+            loss.backward()
+            adamw.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, parameters, 1 - config.ema.decay)
+        loss.item()
+
+    return run
+
+
+def our_trainer(networks, config, params, z_0: jax.Array, extra: dict[str, jax.Array], steps: int) -> Callable:
+    schedule, tx = schedule_lib.from_config(config.diffusion), optimizer.create(config)
+    step = parallel.pmap_step(stage2.train_step, models=networks, schedule=schedule, tx=tx, config=config)
+    params, zero = {"unet": params}, np.zeros((), np.int32)
+    state = [parallel.replicate(TrainState(
+        step=zero, params=params, ema_params=jax.tree.map(np.array, params), opt_state=tx.init(params),
+        scale_factor=np.ones((), np.float32)))]
+    batch = {"latent_mean": z_0, "latent_std": np.zeros_like(z_0), "index": np.arange(len(z_0), dtype=np.int32)}
+    batch = parallel.shard(batch | ({"vectors": extra["context"]} if extra else {}))
+    frozen = parallel.replicate({"first_stage": {}, "null": {}, "conditioner": {}})
+
+    def run() -> None:
+        for _ in range(steps):
+            state[0], metrics = step(state[0], frozen, batch, jax.random.key(0))
+        float(metrics["loss"])
+
+    return run
+
+
+def our_sampler(networks, config, params, z_T: jax.Array, extra: dict[str, jax.Array], steps: int) -> Callable:
+    schedule = schedule_lib.from_config(config.diffusion)
+
+    @jax.jit
+    def sample(params, z_T, extra):
+        def denoise(z_t, t):
+            return networks.unet.apply({"params": params}, z_t, t, **extra)
+
+        return samplers.sample(denoise, schedule, jax.random.key(0), z_T.shape, steps=steps, z_T=z_T)
+
+    params = jax.device_put(params)
+    return lambda: np.asarray(sample(params, z_T, extra))
+
+
+def seconds(function: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def check(networks, params, theirs, inputs: dict[str, jax.Array], theirs_inputs: dict[str, Any], loose: bool) -> None:
+    """Predictions, and the gradient of their mean square, are the same."""
+    def loss(params):
+        prediction = networks.unet.apply({"params": params}, **inputs)
+        return jnp.mean(prediction**2), prediction
+
+    (_, here), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    there = theirs(**theirs_inputs).sample
+    there.square().mean().backward()
+    norms = [float(jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients)))),
+             float(torch.sqrt(sum((p.grad**2).sum() for p in theirs.parameters())))]
+    there = there.detach().cpu().numpy().transpose(0, 2, 3, 1)
+    apart = np.abs(here - there).max() / np.abs(there).max()
+    print(f"predictions: std {there.std():.3f}, apart by at most {apart:.1e} of the largest; norms of the gradients: "
+          f"{norms[0]:.6g} and {norms[1]:.6g}")
+    assert apart < (3e-2 if loose else 1e-4) and abs(norms[0] / norms[1] - 1) < (3e-2 if loose else 1e-3)
+    theirs.zero_grad(set_to_none=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", choices=("train", "sample"), default="sample")
+    parser.add_argument("--model", choices=MODELS, default="churches")
+    parser.add_argument("--channels", type=int, default=96, help="of the first level")
+    parser.add_argument("--size", type=int, default=32, help="side of the latents")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=None, help="of DDIM (50), or of training in each round (5)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="also diffusers with torch.compile")
+    parser.add_argument("--bfloat16", action="store_true", help="compute in it; torch by autocast")
+    args = parser.parse_args()
+    steps = args.steps or {"train": 5, "sample": 50}[args.mode]
+
+    dtype = "bfloat16" if args.bfloat16 else "float32"
+    config, rng = make_config(args.model, args.channels, args.size, args.batch, dtype), np.random.default_rng(0)
+    networks = models.build(config)
+    z = jnp.asarray(rng.normal(size=(args.batch, args.size, args.size, config.model.in_channels)), jnp.float32)
+    extra = {}
+    if config.model.context_dim:
+        extra["context"] = jnp.asarray(rng.normal(size=(args.batch, 1, config.model.context_dim)), jnp.float32)
+    inputs = dict(z_t=z, t=jnp.full(args.batch, 500, jnp.int32)) | extra
+    params = jax.device_put(make_params(networks.unet, inputs, seed=1))
+    device = "cuda" if CUDA else "cpu"
+    z_theirs = torch.tensor(np.array(z)).permute(0, 3, 1, 2).contiguous().to(device)
+    extra_theirs = {"encoder_hidden_states": torch.tensor(np.array(extra["context"])).to(device)} if extra else {}
+    check(networks, params, their_unet(config, params), inputs, dict(sample=z_theirs, timestep=500) | extra_theirs,
+          args.bfloat16)
+
+    our_way, their_way = {"train": (our_trainer, their_trainer), "sample": (our_sampler, their_sampler)}[args.mode]
+    ways = {"ours": our_way(networks, config, params, z, extra, steps)}
+    for name, layout in (("theirs", torch.contiguous_format), ("theirs, channels_last", torch.channels_last)):
+        for compiled in (False, True)[: 1 + args.compile]:
+            unet = their_unet(config, params).to(memory_format=layout)
+            ways[name + ", compiled" * compiled] = their_way(
+                torch.compile(unet) if compiled else unet, config, z_theirs.to(memory_format=layout), extra_theirs,
+                steps)
+    for name, run in ways.items():
+        print(f"{name}: first call {seconds(run):.1f} s", flush=True)
+    times = {name: [] for name in ways}
+    for _ in range(args.rounds):
+        for name, run in ways.items():
+            times[name].append(seconds(run))
+    for name, measured in times.items():
+        print(f"{name}: {' '.join(f'{x:.2f}' for x in measured)} s, median {statistics.median(measured):.2f}")
+    best = {name: min(measured) for name, measured in times.items()}
+    their_best = min((name for name in best if name != "ours"), key=best.get)
+    print(f"ratio ours / {their_best}: {best['ours'] / best[their_best]:.2f} "
+          f"({os.cpu_count()} CPUs, torch threads {torch.get_num_threads()})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""Batches of a config's data, as training reads them. The only file of the benchmark that needs the input pipeline."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from latent_diffusion import request
+from latent_diffusion.data import sources
+from latent_diffusion.training import setup
+
+
+def stream(config: Any) -> Iterator[dict]:
+    """This process's part of the endless stream of training batches. Raises UserError: data that cannot be opened."""
+    sources.prepare(config)
+    fields = () if config.stage == "autoencoder" else (
+        *request.condition_fields(config), *(name for name in request.map_fields(config) if name != "image"))
+    opened = sources.open_source(config, "train", fields=fields)
+    vocabulary = setup.complete_conditioning(config, epath.Path("no workdir"), opened)
+    return setup.Data(config, {"train": opened}, ("image", *fields), vocabulary).train(0)
