@@ -32,7 +32,6 @@ from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.interop import diffusers_names, diffusers_settings
 from latent_diffusion.training import diffusion as stage2
 from latent_diffusion.training import optimizer
-from latent_diffusion.training.state import TrainState
 
 CUDA = torch.cuda.is_available()
 
@@ -49,7 +48,7 @@ def make_config(name: str, channels: int, size: int, batch: int, dtype: str):
     config.model.update(MODELS[name] | dict(model_channels=channels, image_size=size, dtype=dtype))
     config.optimizer.update(dict(learning_rate=1e-4, scale_lr=False))
     config.training.batch_size = batch
-    config.conditioning.crossattn = "vectors" if config.model.context_dim else "none"
+    config.conditioning.update(dict(crossattn="class" if config.model.context_dim else "none", num_classes=1000))
     return config
 
 
@@ -97,22 +96,26 @@ def their_sampler(unet, config, z_T: torch.Tensor, extra: dict[str, torch.Tensor
 def their_trainer(unet, config, z_0: torch.Tensor, extra: dict[str, torch.Tensor], steps: int) -> Callable[[], None]:
     scheduler = diffusers.DDPMScheduler.from_config(diffusers_settings.scheduler_config(config))
     options, parameters = config.optimizer, [*unet.parameters()]
+    averaged, classes = [*parameters], torch.nn.Embedding(1001, 512).to(z_0.device)
+    label = torch.arange(len(z_0), device=z_0.device)
+    parameters += classes.parameters() if extra else []
     adamw = torch.optim.AdamW(parameters, lr=options.learning_rate, betas=(options.b1, options.b2), eps=options.eps,
                               weight_decay=options.weight_decay, fused=True)
-    averages = [p.detach().clone() for p in parameters]
+    averages = [p.detach().clone() for p in averaged]
 
     def run() -> None:
         for _ in range(steps):
             eps, t = torch.randn_like(z_0), torch.randint(config.diffusion.timesteps, z_0.shape[:1], device=z_0.device)
             z_t = scheduler.add_noise(z_0, eps, t)
             with torch.autocast(z_0.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16"):
-                prediction = unet(z_t, t, **extra).sample
+                given = {name: classes(label)[:, None] for name in extra}
+                prediction = unet(z_t, t, **given).sample
             loss = torch.nn.functional.mse_loss(prediction.float(), eps)
             adamw.zero_grad(set_to_none=True)
             loss.backward()
             adamw.step()
             with torch.no_grad():
-                torch._foreach_lerp_(averages, parameters, 1 - config.ema.decay)
+                torch._foreach_lerp_(averages, averaged, 1 - config.ema.decay)
         loss.item()
 
     return run
@@ -121,13 +124,12 @@ def their_trainer(unet, config, z_0: torch.Tensor, extra: dict[str, torch.Tensor
 def our_trainer(networks, config, params, z_0: jax.Array, extra: dict[str, jax.Array], steps: int) -> Callable:
     schedule, tx = schedule_lib.from_config(config.diffusion), optimizer.create(config)
     step = parallel.pmap_step(stage2.train_step, models=networks, schedule=schedule, tx=tx, config=config)
-    params, zero = {"unet": params}, np.zeros((), np.int32)
-    state = [parallel.replicate(TrainState(
-        step=zero, params=params, ema_params=jax.tree.map(np.array, params), opt_state=tx.init(params),
-        scale_factor=np.ones((), np.float32)))]
+    state = jax.jit(lambda: stage2.create_state(jax.random.key(0), models=networks, tx=tx, config=config))()
+    state = [parallel.replicate(state.replace(params=state.params | {"unet": params}, ema_params={
+        "unet": jax.tree.map(np.array, params)}))]
     batch = {"latent_mean": z_0, "latent_std": np.zeros_like(z_0), "index": np.arange(len(z_0), dtype=np.int32)}
-    batch = parallel.shard(batch | ({"vectors": extra["context"]} if extra else {}))
-    frozen = parallel.replicate({"first_stage": {}, "null": {}, "conditioner": {}})
+    batch = parallel.shard(batch | ({"label": np.arange(len(z_0), dtype=np.int32)} if extra else {}))
+    frozen = parallel.replicate({"first_stage": {}, "null": {"label": np.int32(1000)}, "conditioner": {}})
 
     def run() -> None:
         for _ in range(steps):

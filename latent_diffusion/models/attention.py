@@ -4,12 +4,14 @@ import functools
 import logging
 import math
 import os
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 log = logging.getLogger(__name__)
+LARGE = 2**19  # entries of a table of weights from which on its gradient is taken head by head
 
 
 @functools.cache
@@ -43,9 +45,58 @@ def attention(
         _say_once("attention: XLA")
     # Heads first, and q scaled instead of the logits: faster on a CPU, at 1024 tokens 40 instead of 64 ms.
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q / math.sqrt(q.shape[-1]), k, v))
+    large = q.shape[2] * k.shape[2] >= LARGE and jax.default_backend() == "cpu"
+    return jnp.moveaxis((_of_large_tables if large else _softmax_attention)(q, k, v), 1, 2)
+
+
+def _softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """softmax(q k^T) v, heads first."""
     logits = jnp.matmul(q, jnp.swapaxes(k, -1, -2), preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.moveaxis(weights @ v, 1, 2)
+    return weights @ v
+
+
+# On a CPU the gradient of attention between many tokens takes three times as long as it must: weights and logits of all
+# heads go to memory and back several times, and XLA's products with batch dimensions are slow. So the gradient is taken
+# for one head after the other, and its weights are computed again instead of stored (as in Dao et al. 2022).
+_of_large_tables = jax.custom_vjp(_softmax_attention)
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple]:
+    def of_head(qkv: tuple) -> tuple[jax.Array, jax.Array]:
+        q, k, v = qkv
+        logits = jnp.matmul(q, k.T, preferred_element_type=jnp.float32)
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(logits - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        return ((weights.astype(v.dtype) @ v) / total).astype(v.dtype), top + jnp.log(total)
+
+    out, normalizer = _map_heads(of_head, q, k, v)
+    return out, (q, k, v, out, normalizer)
+
+
+def _backward(kept: tuple, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def of_head(given: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v, out, normalizer, d_out, q_transposed, d_out_transposed = given
+        weights = jnp.exp(jnp.matmul(q, k.T, preferred_element_type=jnp.float32) - normalizer)
+        d_weights = jnp.matmul(d_out, v.T, preferred_element_type=jnp.float32)
+        shared = jnp.sum((d_out * out).astype(jnp.float32), axis=-1, keepdims=True)
+        d_logits, weights = (weights * (d_weights - shared)).astype(q.dtype), weights.astype(q.dtype)
+        return d_logits @ k, q_transposed @ d_logits, d_out_transposed @ weights
+
+    # Transposed out here, because inside the compiler would rather transpose the large tables, which is slow.
+    dq, dk, dv = _map_heads(of_head, *kept, d_out, jnp.swapaxes(kept[0], -1, -2), jnp.swapaxes(d_out, -1, -2))
+    return dq, jnp.swapaxes(dk, -1, -2), jnp.swapaxes(dv, -1, -2)
+
+
+def _map_heads(function: Callable, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """`function` of a tuple of (t, d) for each example and head of arrays (b, n, t, d), one after the other."""
+    batch, heads = arrays[0].shape[:2]
+    found = jax.lax.map(function, tuple(x.reshape(batch * heads, *x.shape[2:]) for x in arrays))
+    return tuple(x.reshape(batch, heads, *x.shape[1:]) for x in found)
+
+
+_of_large_tables.defvjp(_forward, _backward)
 
 
 def split_heads(x: Float[Array, "b t c"], heads: int) -> Float[Array, "b t n d"]:
