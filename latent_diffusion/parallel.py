@@ -94,8 +94,9 @@ def to_host(tree: Any) -> Any:
 
 
 def mean_over_devices(tree: Any) -> Any:
-    """Mean over all devices of all processes, inside a step."""
-    return jax.lax.pmean(tree, AXIS)
+    """Mean over all devices of all processes, inside a step. Nothing is done on a single device, where copying the
+    gradients of a large model takes a fifth of a step on a CPU."""
+    return tree if jax.lax.axis_size(AXIS) == 1 else jax.lax.pmean(tree, AXIS)
 
 
 def sum_over_devices(tree: Any) -> Any:
