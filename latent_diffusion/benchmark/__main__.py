@@ -6,8 +6,9 @@
     python -m latent_diffusion.benchmark --compare pixel --narrow 32 --size 64 --batch_size 2   # on a CPU
     python -m latent_diffusion.benchmark --config configs/ldm_class.py:ldm4 --sweep batch --values 8,16,32
 
-Inputs and weights are random, the latents cached (--online encodes pictures in each step), and the first stage is the one
-that the config was published with. Ten steps to warm up, fifty measured, one wait at the end; compiling is timed apart.
+Inputs and weights are random, the latents cached (--online encodes pictures in each step), and the first stage is that
+with which the config was published. Ten steps to warm up, fifty measured, one wait at the end; compiling is timed by
+itself.
 docs/benchmarks.md explains the columns and has results.
 """
 
@@ -74,8 +75,9 @@ def completed(config: Any) -> Any:
                 raise UserError("--config.first_stage.config is empty: name the first stage, as in "
                                 "--config.first_stage.config=configs/autoencoder_kl.py:f8")
             first.model = config_lib.load(first.config).model
-        for things in (options, options.segmentation, options.layout):
-            things.num_classes = things.num_classes or CLASSES
+        options.num_classes = options.num_classes or CLASSES
+        options.segmentation.num_classes = options.segmentation.num_classes or CLASSES
+        options.layout.num_classes = options.layout.num_classes or 1  # changes no shape
         if _SIZE.value:
             config.model.image_size = 0
         sizes.complete(config)
@@ -173,7 +175,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         command_line.parse(argv, _CONFIG)
-        jax.config.update("jax_enable_compilation_cache", False)  # its time is measured
         parallel.initialize()
         found = rows()
         print(report.table(found))

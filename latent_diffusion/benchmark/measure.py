@@ -44,11 +44,7 @@ def measure(workload: Workload, *, warmup: int, steps: int, profile: str = "") -
     The host is at most one step ahead of the devices and reads nothing else from them, and the clock stops when the
     last step has ended. With `profile`, a folder, three more steps are traced for TensorBoard or Perfetto.
     """
-    started, program = time.perf_counter(), None
-    run = workload.call
-    if jax.process_count() == 1:  # with several, a pmapped call is compiled at the first call
-        run, program = parallel.compile_ahead(workload.call, *workload.arguments)
-    compile_seconds = time.perf_counter() - started if program else None
+    run, program, compile_seconds = _compiled(workload)
     arguments, _ = _repeat(workload, run, workload.arguments, warmup)
     started = time.perf_counter()
     arguments, ends = _repeat(workload, run, arguments, steps)
@@ -57,13 +53,29 @@ def measure(workload: Workload, *, warmup: int, steps: int, profile: str = "") -
         with jax.profiler.trace(profile):
             _repeat(workload, run, arguments, 3)
     peak = flops.peak(jax.devices()[0].device_kind)
-    exchanged = parallel.collectives(program.as_text()) if program else []
+    exchanged = parallel.collectives(program.as_text()) if program and jax.device_count() > 1 else None
     return Result(
         images_per_second=workload.images * steps / seconds, seconds=seconds, **_of_steps(started, ends),
         batch_size=workload.images, parameters=workload.parameters, model_flops=workload.flops,
         utilization=peak and workload.flops * steps / seconds / (peak * jax.device_count()),
-        memory_bytes=program and _memory(program), compile_seconds=compile_seconds, wait_share=sum(workload.waited[-steps:]) / seconds if workload.waited else None,
-        collectives=program and len(exchanged), collective_bytes=program and sum(size for _, size in exchanged))
+        memory_bytes=program and _memory(program), compile_seconds=compile_seconds,
+        wait_share=sum(workload.waited[-steps:]) / seconds if workload.waited else None,
+        collectives=None if exchanged is None else len(exchanged),
+        collective_bytes=None if exchanged is None else sum(size for _, size in exchanged))
+
+
+def _compiled(workload: Workload) -> tuple[Callable, Any, float | None]:
+    """The call, its program, and how long compiling took, without what earlier runs have left in a cache. With several
+    processes a pmapped call is only compiled when it is called, and there is no program to be had."""
+    if jax.process_count() > 1:
+        return workload.call, None, None
+    cached, started = jax.config.jax_enable_compilation_cache, time.perf_counter()
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        run, program = parallel.compile_ahead(workload.call, *workload.arguments)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+    return run, program, time.perf_counter() - started
 
 
 def _repeat(workload: Workload, run: Callable, arguments: tuple, steps: int) -> tuple[tuple, list[float]]:

@@ -30,8 +30,8 @@ class Work:
 
 
 def shapes_of(config: Any, number: int, *, cached: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of `number` examples as the data code makes it for `config`; ``latent_mean`` and ``latent_std`` instead of
-    the picture if cached."""
+    """A batch of `number` examples as the data code makes it for `config`; if cached, with ``latent_mean`` and
+    ``latent_std`` instead of the picture."""
     size, channels = config.data.image_size, config.data.channels
     shapes = {"index": ((), jnp.int32), "image": ((size, size, channels), jnp.float32)}
     if config.stage == "diffusion":

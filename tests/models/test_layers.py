@@ -248,3 +248,23 @@ def test_convolutions_as_products_are_the_plain_ones(side, kernel, stride, paddi
         x, weights, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     ours = layers._convolve(x, weights, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     np.testing.assert_allclose(ours, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("tokens", [24, 7])
+def test_gradient_of_large_attention_is_that_of_plain_attention(monkeypatch, dtype, tolerance, tokens):
+    """The way it takes on a CPU with many tokens, against differentiation of the plain form; self- and cross-attention."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, d_out = (jax.random.normal(key, (2, 24, 3, 8)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (2, tokens, 3, 8)) for key in keys[2:])
+
+    def gradients(dtype):
+        out, backward = jax.vjp(attention.attention, *(x.astype(dtype) for x in (q, k, v)))
+        return out, *backward(d_out.astype(dtype))
+
+    expected = gradients(jnp.float32)
+    monkeypatch.setattr(attention, "LARGE", 1)
+    found = gradients(dtype)
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == dtype
+        np.testing.assert_allclose(x.astype(jnp.float32), y, rtol=0, atol=tolerance * float(jnp.abs(y).max()))

@@ -1,0 +1,127 @@
+"""The benchmark as a user runs it, on smoke configs."""
+
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny_models
+from absl.testing import flagsaver
+
+from latent_diffusion import config as config_lib
+from latent_diffusion import parallel
+from latent_diffusion.benchmark import __main__ as benchmark
+from latent_diffusion.benchmark import measure, report, work, workloads
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_fast():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True)
+def _flags_are_those_of_one_test():
+    with flagsaver.flagsaver():
+        yield
+
+
+def completed(name):
+    return benchmark.completed(config_lib.load(name))
+
+
+def run(capsys, *flags):
+    code = benchmark.main(["benchmark", *flags])
+    return code, capsys.readouterr()
+
+
+def test_rows_of_a_comparison_are_written(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "COMPARED", {
+        "latents": "configs/ldm_unconditional.py:smoke", "pixels": "configs/pixel_diffusion.py:smoke"})
+    monkeypatch.setattr(benchmark, "PAIRS", (("latents", "pixels"),))
+    code, said = run(capsys, "--compare=pixel", "--warmup=1", "--measured=3", "--batch_size=2", f"--output={tmp_path}")
+    assert code == 0, said.err
+    found = json.loads((tmp_path / "benchmark.json").read_text())
+    assert [row["name"] for row in found["rows"]] == ["latents", "pixels"]
+    assert found["environment"]["devices"] == 2
+    for row in found["rows"]:
+        assert row["images_per_second"] == pytest.approx(3 * row["batch_size"] / row["seconds"])
+        assert row["step_seconds"] <= row["step_p95_seconds"] <= row["seconds"]
+        # Of equal gradients (biases of two layers whose outputs are added) the compiler sends one.
+        assert row["collective_bytes"] == pytest.approx(4 * row["parameters"], rel=0.01)
+        assert row["collectives"] == 1
+    assert (tmp_path / "benchmark.png").stat().st_size > 5000
+    ratio = re.search(r"latents is ([\d.]+) times as fast as pixels \(model FLOPs: ([\d.]+)\)", said.out)
+    flops = [row["model_flops"] for row in found["rows"]]
+    assert float(ratio[2]) == pytest.approx(flops[1] / flops[0], abs=0.06)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ([], "give --config FILE:TOKEN,... or --compare pixel"),
+    (["--config=configs/ldm_class.py:nothing"], "unknown variant 'nothing'"),
+    (["--config=configs/autoencoder_kl.py:smoke", "--mode=sample"], "--mode sample needs a config of stage 2"),
+    (["--config=configs/ldm_class.py:smoke", "--batch_size=3"], "training.batch_size=3 does not divide over 2 devices"),
+])
+def test_mistakes_are_one_line(capsys, flags, message):
+    code, said = run(capsys, *flags)
+    assert code == 2 and message in said.err and said.err.count("\n") == 1
+
+
+def test_neither_data_stack_nor_clu_is_imported():
+    code = ("import sys, latent_diffusion.benchmark.__main__; "
+            "print([m for m in ('grain', 'tensorflow_datasets', 'tensorflow', 'clu', 'torch') if m in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_keys_and_values_of_the_context_are_computed_outside_of_the_loop():
+    found = workloads.sample(tiny_models.config("text"), 2, steps=3, guidance_scale=2.0)
+    jax.config.update("jax_disable_most_optimizations", False)
+    _, program = parallel.compile_ahead(found.call, *found.arguments)
+    jax.config.update("jax_disable_most_optimizations", True)
+    where = set()
+    for computation in re.split(r"\n(?=%?[\w.\-]+ \(|ENTRY )", program.as_text()):
+        name = computation.split(" ")[0]
+        if "fused" not in name and re.search(r'op_name="[^"]*/attn2/to_[kv]/dot_general', computation):
+            where.add(name)
+    assert where == {"ENTRY"}
+
+
+@pytest.mark.parametrize("kind, make", [
+    ("none", lambda config: workloads.code(config, 2, decode=False)),
+    ("none", lambda config: workloads.code(config, 2, decode=True)),
+    ("layout", lambda config: workloads.sample(config, 2, steps=2)),
+    ("inpainting", lambda config: workloads.sample(config, 2, steps=2)),
+])
+def test_every_mode_runs(kind, make):
+    result = measure.measure(make(tiny_models.config(kind)), warmup=1, steps=2)
+    assert result.images_per_second > 0 and result.model_flops > 0 and result.memory_bytes > 0
+
+
+@pytest.mark.parametrize("name", ["autoencoder_vq.py:smoke", "ldm_semantic.py:smoke"])
+def test_training_steps_have_the_right_arguments(name):
+    found = workloads.train(completed(f"configs/{name}"), 2, cached=False)
+    state, metrics = jax.eval_shape(found.call, *found.arguments)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, found.arguments[0])
+    assert "loss" in metrics
+
+
+def test_time_waiting_for_data_is_measured():
+    found = measure.loader(iter(range(10)), 4, warmup=2, steps=5)
+    assert found.batch_size == 4 and found.wait_share == 1.0
+
+
+def test_work_of_a_step():
+    config = completed("configs/ldm_inpainting.py:smoke")
+    found = work.of(config)
+    assert work.of_step(config, found, cached=True) == 3 * found.unet + found.encoder
+    assert work.of_step(config, found, cached=False) == 3 * found.unet + 2 * found.encoder
+    assert work.of_sample(found, calls=50, guided=True) == 100 * found.unet + found.decoder
+
+
+def test_table_shows_what_failed():
+    text = report.table([{"name": "big", "error": "out of memory with a batch of 64"}])
+    assert "big" in text and "out of memory with a batch of 64" in text
