@@ -49,7 +49,6 @@ from latent_diffusion.diffusion.grids import SPACINGS  # noqa: E402
 from latent_diffusion.diffusion.samplers import METHODS  # noqa: E402
 from latent_diffusion.errors import UserError  # noqa: E402
 
-COMPILE_CACHE = "~/.cache/latent_diffusion/jax"  # unless JAX_COMPILATION_CACHE_DIR is set; set it empty for no cache
 DEFAULTS = {"seed": 0} | {name: [] for name in ("prompt", "negative_prompt", "layout", *asked.PICTURES)}
 HOW = (*asked.SETTINGS, *asked.OTHERS, "size", "outpaint", "weak_workdir", "weak_step")  # recorded with each picture
 
@@ -183,8 +182,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = asked.plan(args, config)
     if args.interactive and not {"tokens", "label"} & set(request.condition_fields(config)):
         raise UserError(f"--interactive asks for prompts or labels, but of this model: {request.takes(config)}")
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(COMPILE_CACHE))
+    parallel.keep_compiled()
     parallel.initialize()
     step = checkpoint.choose_step(args.workdir, args.step)
     output = outputs.folder(args.output, args.workdir)

@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parse(argv)
         from latent_diffusion.training import progress
         logging.basicConfig(level=logging.WARNING, handlers=[progress.WarningHandler()])
+        parallel.keep_compiled()
         parallel.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         from latent_diffusion.training import loop  # after jax.distributed, which must see an untouched JAX
         return loop.run(_CONFIG.value, _WORKDIR.value)

@@ -12,19 +12,19 @@ from ml_collections import ConfigDict
 from latent_diffusion.errors import UserError
 
 
-def parse(argv: Sequence[str], config: flags.FlagHolder) -> None:
+def parse(argv: Sequence[str], config: flags.FlagHolder, values: flags.FlagValues = flags.FLAGS) -> None:
     """Parses the flags, of which `config` holds a config file; whatever is wrong with them is a `UserError`."""
     try:
-        rest = flags.FLAGS(argv)
+        rest = values(argv)
         if config.value is not None:
             config.value.to_dict()  # a config that could not be read says so when it is used
     except Exception as error:
-        raise UserError(explain(argv, error)) from error
+        raise UserError(explain(argv, error, values)) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value or --name value")
 
 
-def explain(argv: Sequence[str], error: BaseException) -> str:
+def explain(argv: Sequence[str], error: BaseException, values: flags.FlagValues) -> str:
     """One line on why flags could not be parsed: ours, where ours is among the causes of what the libraries raise."""
     cause: BaseException | None = error
     while cause is not None:
@@ -40,7 +40,7 @@ def explain(argv: Sequence[str], error: BaseException) -> str:
     if isinstance(error, flags.Error):
         return str(error)
     with contextlib.suppress(Exception):  # of a file that is itself at fault
-        if unknown := unknown_key(argv, flags.FLAGS["config"].parser.parse(named[1])):
+        if unknown := unknown_key(argv, values["config"].parser.parse(named[1])):
             return unknown
     return f"{file}: {type(error).__name__}: {error}; --debug shows where"
 

@@ -165,6 +165,7 @@ CHOICES = {
     "sampling.spacing": (
         "clean", "trailing", "uniform", "quad", "linspace", "karras", "exponential", "leading", "leading_1",
         "reference", "reference_quad"),
+    "optimizer.moment_dtype": ("float32", "bfloat16"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
 }

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from latent_diffusion.errors import UserError
 
 AXIS = "batch"
+COMPILE_CACHE = "~/.cache/latent_diffusion/jax"
 
 
 def initialize(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
@@ -61,6 +62,13 @@ def _on_tpu_pod() -> bool:
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES") or os.environ.get("TPU_PROCESS_ADDRESSES") or ""
     on_tpu_vm = find_spec("libtpu") is not None and any(map(os.path.exists, ("/dev/accel0", "/dev/vfio/0")))
     return len(hosts.split(",")) > 1 or on_tpu_vm
+
+
+def keep_compiled() -> None:
+    """Compiled programs are kept in `COMPILE_CACHE` for the next run, unless JAX_COMPILATION_CACHE_DIR in the
+    environment says where else; set it empty for no cache."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(COMPILE_CACHE))
 
 
 def is_first_process() -> bool:

@@ -14,6 +14,7 @@ docs/benchmarks.md explains the columns and has results.
 
 import dataclasses
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -41,26 +42,28 @@ PAIRS = (("LDM-4 ImageNet", "ADM ImageNet, pixels"), ("LDM-8 ImageNet", "ADM Ima
 SWEEPS = {"batch": "8,16,32,64,128", "f": "1,2,4,8,16,32", "resolution": "256,512,1024", "steps": "10,20,50,100,200"}
 CLASSES = 1000  # of ImageNet; what a config does not say because the data does
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:TOKEN,... of either stage", lock_config=True)
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "encode", "decode", "loader"], "What is measured.")
-_COMPARE = flags.DEFINE_enum("compare", None, ["pixel"], "Latent diffusion beside diffusion on pixels.")
-_SWEEP = flags.DEFINE_enum("sweep", None, list(SWEEPS), "One row for each of --values.")
-_VALUES = flags.DEFINE_list("values", [], "Of the sweep.")
-_BATCH = flags.DEFINE_integer("batch_size", 0, "Over all devices; 0 = the config's.")
-_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type; default: the config's.")
-_REMAT = flags.DEFINE_enum("remat", None, ["none", "dots", "full"], "Rematerialization; default: the config's.")
-_NARROW = flags.DEFINE_integer("narrow", 0, "Channels of the first level, for machines that hold no more.")
-_SIZE = flags.DEFINE_integer("size", 0, "Pixels.")
-_ONLINE = flags.DEFINE_bool("online", False, "Encode pictures in each training step, instead of cached latents.")
-_DATA = flags.DEFINE_bool("data", False, "Train on the config's data, read as in training, not on random inputs.")
-_SAMPLER = flags.DEFINE_string("sampler", None, "Of --mode sample.")
-_STEPS = flags.DEFINE_integer("steps", None, "Of the sampler.")
-_GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale.")
-_WARMUP = flags.DEFINE_integer("warmup", 10, "Steps before the clock starts (sample: 1 unless given).")
-_MEASURED = flags.DEFINE_integer("measured", 50, "Steps on the clock (sample: 5 unless given).")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder for benchmark.json and benchmark.png.")
-_PROFILE = flags.DEFINE_string("profile", "", "Folder for a trace of three more steps (TensorBoard, Perfetto).")
-_DEBUG = flags.DEFINE_bool("debug", False, "Show where a mistake was found.")
+FLAGS = flags.FlagValues()  # of this program alone
+OWN = dict(flag_values=FLAGS)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:TOKEN,... of either stage", lock_config=True, **OWN)
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "encode", "decode", "loader"], "What to time.", **OWN)
+_COMPARE = flags.DEFINE_enum("compare", None, ["pixel"], "Latent diffusion beside diffusion on pixels.", **OWN)
+_SWEEP = flags.DEFINE_enum("sweep", None, list(SWEEPS), "One row for each of --values.", **OWN)
+_VALUES = flags.DEFINE_list("values", [], "Of the sweep.", **OWN)
+_BATCH = flags.DEFINE_integer("batch_size", 0, "Over all devices; 0 = the config's.", **OWN)
+_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type; default: the config's.", **OWN)
+_REMAT = flags.DEFINE_enum("remat", None, ["none", "dots", "full"], "Recomputation; default: the config's.", **OWN)
+_NARROW = flags.DEFINE_integer("narrow", 0, "Channels of the first level, for machines that hold no more.", **OWN)
+_SIZE = flags.DEFINE_integer("size", 0, "Pixels.", **OWN)
+_ONLINE = flags.DEFINE_bool("online", False, "Encode pictures in each step, instead of cached latents.", **OWN)
+_DATA = flags.DEFINE_bool("data", False, "Train on the config's data, read as in training.", **OWN)
+_SAMPLER = flags.DEFINE_string("sampler", None, "Of --mode sample.", **OWN)
+_STEPS = flags.DEFINE_integer("steps", None, "Of the sampler.", **OWN)
+_GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale.", **OWN)
+_WARMUP = flags.DEFINE_integer("warmup", 10, "Steps before the clock starts (sample: 1 unless given).", **OWN)
+_MEASURED = flags.DEFINE_integer("measured", 50, "Steps on the clock (sample: 5 unless given).", **OWN)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for benchmark.json and benchmark.png.", **OWN)
+_PROFILE = flags.DEFINE_string("profile", "", "Folder for a trace of three steps (TensorBoard, Perfetto).", **OWN)
+_DEBUG = flags.DEFINE_bool("debug", False, "Show where a mistake was found.", **OWN)
 
 
 def completed(config: Any) -> Any:
@@ -117,14 +120,15 @@ def row_of(name: str, config: Any, **more: Any) -> dict[str, Any]:
     """Measures one row. What does not fit into memory is said in its place."""
     logging.info("%s: compiling", name)
     long = _MODE.value == "sample"
-    steps = dict(warmup=1 if long and not flags.FLAGS["warmup"].present else _WARMUP.value,
-                 steps=5 if long and not flags.FLAGS["measured"].present else _MEASURED.value)
+    steps = dict(warmup=1 if long and not FLAGS["warmup"].present else _WARMUP.value,
+                 steps=5 if long and not FLAGS["measured"].present else _MEASURED.value)
     more = {"name": name, "model": name, "devices": jax.device_count(), **more}
     try:
         config = completed(config)
         if _MODE.value == "loader":
             return more | dataclasses.asdict(measure.loader(_stream(config), config.training.batch_size, **steps))
-        return more | dataclasses.asdict(measure.measure(workload(config), profile=_PROFILE.value, **steps))
+        folder = epath.Path(_PROFILE.value) / re.sub(r"\W+", "_", name) if _PROFILE.value else ""
+        return more | dataclasses.asdict(measure.measure(workload(config), profile=str(folder), **steps))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -133,7 +137,7 @@ def row_of(name: str, config: Any, **more: Any) -> dict[str, Any]:
 
 def rows() -> list[dict[str, Any]]:
     """All rows that the flags ask for, each printed as soon as it is there."""
-    named = {} if not _CONFIG.value else {flags.FLAGS["config"].config_filename or "config": _CONFIG.value}
+    named = {} if not _CONFIG.value else {FLAGS["config"].config_filename or "config": _CONFIG.value}
     if _COMPARE.value:
         named |= {name: config_lib.load(spec) for name, spec in COMPARED.items()}
     if not named:
@@ -171,13 +175,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parses the flags, measures, prints the table, and returns the exit code."""
     argv = list(sys.argv if argv is None else argv)
     if {"--help", "-h", "--helpshort", "--helpfull"} & set(argv[1:]):
-        print(__doc__ + flags.FLAGS.main_module_help())
+        print(__doc__ + FLAGS.get_help())
         return 0
     try:
-        command_line.parse(argv, _CONFIG)
+        command_line.parse(argv, _CONFIG, FLAGS)
         parallel.initialize()
         found = rows()
         print(report.table(found))
+        for row in found:
+            if row.get("shares"):
+                print(f"{row['name']}: " + ", ".join(f"{kind} {100 * x:.0f} %" for kind, x in row["shares"].items()))
         if _COMPARE.value:
             print(report.ratios(found, PAIRS))
         if _OUTPUT.value and parallel.is_first_process():

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from latent_diffusion import flops, parallel
+from latent_diffusion.benchmark import profile as profile_lib
 from latent_diffusion.benchmark.workloads import Workload
 
 
@@ -20,7 +21,7 @@ class Result:
     and 95th percentile of the time from one step's end to the next one's. model_flops: of a step, over all devices.
     utilization: model FLOP/s as a share of the devices' bfloat16 peak (MFU). memory_bytes: of one device, as the
     compiler planned it. wait_share: of the time, waiting for data. collective_bytes: exchanged with other devices in a
-    step; collectives: in how many operations.
+    step; collectives: in how many operations. shares: of the operations' time, by kind of work, of a profile.
     """
 
     images_per_second: float
@@ -36,6 +37,7 @@ class Result:
     wait_share: float | None
     collectives: int | None
     collective_bytes: int | None
+    shares: dict[str, float] | None = None
 
 
 def measure(workload: Workload, *, warmup: int, steps: int, profile: str = "") -> Result:
@@ -49,9 +51,7 @@ def measure(workload: Workload, *, warmup: int, steps: int, profile: str = "") -
     started = time.perf_counter()
     arguments, ends = _repeat(workload, run, arguments, steps)
     seconds = ends[-1] - started
-    if profile:
-        with jax.profiler.trace(profile):
-            _repeat(workload, run, arguments, 3)
+    shares = _profile(workload, run, arguments, program, profile) if profile else None
     peak = flops.peak(jax.devices()[0].device_kind)
     exchanged = parallel.collectives(program.as_text()) if program and jax.device_count() > 1 else None
     return Result(
@@ -61,7 +61,7 @@ def measure(workload: Workload, *, warmup: int, steps: int, profile: str = "") -
         memory_bytes=program and _memory(program), compile_seconds=compile_seconds,
         wait_share=sum(workload.waited[-steps:]) / seconds if workload.waited else None,
         collectives=None if exchanged is None else len(exchanged),
-        collective_bytes=None if exchanged is None else sum(size for _, size in exchanged))
+        collective_bytes=None if exchanged is None else sum(size for _, size in exchanged), shares=shares)
 
 
 def _compiled(workload: Workload) -> tuple[Callable, Any, float | None]:
@@ -76,6 +76,12 @@ def _compiled(workload: Workload) -> tuple[Callable, Any, float | None]:
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
     return run, program, time.perf_counter() - started
+
+
+def _profile(workload: Workload, run: Callable, arguments: tuple, program: Any, folder: str) -> dict | None:
+    with jax.profiler.trace(folder):
+        _repeat(workload, run, arguments, 3)
+    return program and profile_lib.by_kind(folder, program.as_text())
 
 
 def _repeat(workload: Workload, run: Callable, arguments: tuple, steps: int) -> tuple[tuple, list[float]]:

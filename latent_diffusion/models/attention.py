@@ -26,6 +26,7 @@ def _cudnn_eligible(q: jax.Array, k: jax.Array) -> bool:
     return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and k.shape[1] > 1
 
 
+@jax.named_scope("attention")
 def attention(
     q: Float[Array, "b t n d"], k: Float[Array, "b s n d"], v: Float[Array, "b s n d"]
 ) -> Float[Array, "b t n d"]:

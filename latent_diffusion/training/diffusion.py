@@ -204,10 +204,11 @@ def train_step(
 
     _, (gradients, metrics) = accumulate(gradients_of, None, batch, config.training.accumulate)
     gradients, metrics = mean_over_devices((gradients, metrics))
-    updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-
-    ema_params, ema_metrics = update_ema(state.ema_params, params, state.step + 1, config.ema)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("ema"):
+        ema_params, ema_metrics = update_ema(state.ema_params, params, state.step + 1, config.ema)
     metrics |= ema_metrics | {"grad_norm": optax.tree.norm(gradients)}
     return state.replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state), metrics
 

@@ -42,16 +42,18 @@ def create(config: Any, *, rate_factor: float = 1.0) -> optax.GradientTransforma
       rate_factor: multiplies the schedule (the discriminator's ``disc_factor``).
     """
     options, rate = config.optimizer, schedule(config)
+    moments = dict(mu_dtype=options.moment_dtype)
+
     def learning_rate(count: Array) -> Array:
         return rate_factor * rate(count)
     optimizers = {
-        "adam": lambda: optax.adam(learning_rate, options.b1, options.b2, options.eps),
+        "adam": lambda: optax.adam(learning_rate, options.b1, options.b2, options.eps, **moments),
         "adamw": lambda: optax.adamw(
-            learning_rate, options.b1, options.b2, options.eps, weight_decay=options.weight_decay),
+            learning_rate, options.b1, options.b2, options.eps, weight_decay=options.weight_decay, **moments),
         "muon": lambda: optax.contrib.muon(
             learning_rate, eps=options.eps, weight_decay=options.weight_decay, adam_b1=options.b1, adam_b2=options.b2,
             adam_weight_decay=options.weight_decay, muon_weight_dimension_numbers=kernels_as_matrices,
-            consistent_rms=0.2),
+            consistent_rms=0.2, **moments),
         "sgd": lambda: optax.sgd(learning_rate),
     }
     optimizer = choose(optimizers, options.name, "optimizer.name")()

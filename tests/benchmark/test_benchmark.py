@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny_models
-from absl.testing import flagsaver
 
 from latent_diffusion import config as config_lib
 from latent_diffusion import parallel
@@ -26,8 +25,10 @@ def _compile_fast():
 
 @pytest.fixture(autouse=True)
 def _flags_are_those_of_one_test():
-    with flagsaver.flagsaver():
-        yield
+    if not benchmark.FLAGS.is_parsed():
+        benchmark.FLAGS.mark_as_parsed()
+    for name in benchmark.FLAGS:
+        benchmark.FLAGS[name].unparse()
 
 
 def completed(name):

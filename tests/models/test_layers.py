@@ -253,7 +253,7 @@ def test_convolutions_as_products_are_the_plain_ones(side, kernel, stride, paddi
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
 @pytest.mark.parametrize("tokens", [24, 7])
 def test_gradient_of_large_attention_is_that_of_plain_attention(monkeypatch, dtype, tolerance, tokens):
-    """The way it takes on a CPU with many tokens, against differentiation of the plain form; self- and cross-attention."""
+    """The way it takes on a CPU with many tokens, against the plain form; self- and cross-attention."""
     keys = jax.random.split(jax.random.key(0), 4)
     q, d_out = (jax.random.normal(key, (2, 24, 3, 8)) for key in keys[:2])
     k, v = (jax.random.normal(key, (2, tokens, 3, 8)) for key in keys[2:])

@@ -1,0 +1,86 @@
+"""A training step with each of our speed-ups taken out, one at a time, in turn in one run.
+
+    python benchmarks/toggles.py --config configs/ldm_unconditional.py:lsun_churches256 --narrow 64 --batch_size 4
+
+Prints the step's seconds (the best of all rounds) with everything, and how many times as long it takes without each.
+"""
+
+import argparse
+import contextlib
+import time
+from collections.abc import Iterator
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from latent_diffusion import config as config_lib
+from latent_diffusion import parallel
+from latent_diffusion.benchmark import __main__ as benchmark
+from latent_diffusion.benchmark import workloads
+from latent_diffusion.models import attention, layers
+from latent_diffusion.training import autoencoder, diffusion
+
+
+def always_mean(tree):
+    return jax.lax.pmean(tree, parallel.AXIS)
+
+
+def plain_product(x, kernel, dimension_numbers=None, precision=None, **options):
+    return jnp.dot(x, kernel, precision=precision, **options)
+
+
+def plain_convolution(x, kernel, strides, padding, **options):
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+
+WITHOUT = {  # what is replaced: (where, name, by what)
+    "nothing": [],
+    "the gradient of attention head by head": [(attention, "LARGE", 2**62)],
+    "products on two axes": [(layers, "_multiply", plain_product)],
+    "products for 1x1 kernels and small pictures": [(layers, "_convolve", plain_convolution)],
+    "leaving out the mean over one device": [(module, "mean_over_devices", always_mean)
+                                             for module in (autoencoder, diffusion)],
+}
+
+
+@contextlib.contextmanager
+def replaced(patches: list) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for where, name, value in patches:
+            stack.enter_context(mock.patch.object(where, name, value))
+        yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--narrow", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=4)
+    args = parser.parse_args()
+    benchmark.FLAGS(["benchmark", f"--narrow={args.narrow}", f"--batch_size={args.batch_size}"])
+    config, running, best = benchmark.completed(config_lib.load(args.config)), {}, {}
+    for name, patches in WITHOUT.items():
+        with replaced(patches):
+            jax.clear_caches()
+            workload = workloads.train(config, args.batch_size, cached=True)
+            call, _ = parallel.compile_ahead(workload.call, *workload.arguments)
+        running[name] = (workload, call, [workload.arguments])
+    for round_ in range(args.rounds + 1):
+        for name, (workload, call, arguments) in running.items():
+            started = time.perf_counter()
+            for _ in range(3):
+                result = call(*arguments[0])
+                arguments[0] = workload.following(arguments[0], result)
+            jax.block_until_ready(result)
+            if round_:
+                best[name] = min(best.get(name, 1e9), (time.perf_counter() - started) / 3)
+    print(f"with everything: {best['nothing']:.3f} s")
+    for name, seconds in best.items():
+        if name != "nothing":
+            print(f"without {name}: {seconds / best['nothing']:.2f} times as long")
+
+
+if __name__ == "__main__":
+    main()
