@@ -4,6 +4,7 @@ import argparse
 import functools
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import program_files
@@ -13,11 +14,13 @@ from ml_collections import config_flags
 
 from latent_diffusion import config as config_lib
 from latent_diffusion import defaults, sizes
+from latent_diffusion.benchmark import __main__ as benchmark
 from latent_diffusion.interop import __main__ as interop
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCSTRINGS = [ROOT / "sample.py", ROOT / "latent_diffusion/interop/__main__.py",  # they show commands too
+              ROOT / "latent_diffusion/benchmark/__main__.py",
               *sorted((ROOT / "configs").glob("*.py"))]
 STAND_INS = re.compile(r"\b[A-Z]{2,}\b")  # DIR, SET, AE: for the reader to replace
 
@@ -66,19 +69,11 @@ def test_train_commands_name_configs_that_exist(line, monkeypatch):
 
 
 def fill_sizes(config) -> None:
-    """What `first_stage.complete_config` does, for the first stage that fits the UNet's depth."""
-    if config.first_stage.model.kind == "identity":
-        config.model.update(image_size=config.data.image_size, in_channels=3, out_channels=3)
-        return
-    small = config.model.model_channels < 128
-    config.first_stage.model.ch_mult = (1, 2, 4) if small else config.first_stage.model.ch_mult
-    if config.conditioning.concat == "low_res":
-        config.first_stage.model.ch_mult = (1, 2, 4)  # as deep as the factor
-    for key, more in (("in_channels", sizes.map_channels(config)), ("out_channels", 0)):
-        config.first_stage.model[key] = config.data.channels
-        config.model[key] = config.first_stage.model.embed_dim + more
-    factor = sizes.factor(config.first_stage.model)
-    config.model.image_size = config.data.image_size // factor
+    """What `first_stage.complete_config` does, with the first stage that the config names."""
+    if config.first_stage.model.kind != "identity":
+        config.first_stage.model = config_lib.load(config.first_stage.config).model
+        config.first_stage.model.update(in_channels=config.data.channels, out_channels=config.data.channels)
+    sizes.complete(config)
 
 
 @pytest.mark.parametrize("line", documented("python sample.py"))
@@ -86,6 +81,17 @@ def test_sample_commands_parse(line):
     program = program_files.load("sample.py")
     parsed = program.parse(shlex.split(line)[2:] + (["--workdir", "DIR"] if "--help" in line else []))
     assert isinstance(parsed, argparse.Namespace)
+
+
+@pytest.mark.parametrize("line", documented("python -m latent_diffusion.benchmark"))
+def test_benchmark_commands_parse(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    argv = shlex.split(line)[2:]
+    monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
+    for name in benchmark.FLAGS:
+        benchmark.FLAGS[name].unparse()
+    assert benchmark.FLAGS(argv) == argv[:1]
+    assert benchmark.FLAGS["config"].value or benchmark.FLAGS["compare"].value
 
 
 @pytest.mark.parametrize("line", documented("python -m latent_diffusion.interop"))

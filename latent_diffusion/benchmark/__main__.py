@@ -144,7 +144,7 @@ def rows() -> list[dict[str, Any]]:
         raise UserError("give --config FILE:TOKEN,... or --compare pixel; --help shows commands")
     jobs = [(name, name, config, {}) for name, config in named.items()]
     if _SWEEP.value:
-        values = [int(value) for value in _VALUES.value or SWEEPS[_SWEEP.value].split(",")]
+        values = _values()
         jobs = [(f"{name}, {_SWEEP.value} {value}", name, config, {"value": value, "sweep": _SWEEP.value})
                 for name, config in named.items() for value in values]
     found = []
@@ -153,6 +153,13 @@ def rows() -> list[dict[str, Any]]:
         found.append(row_of(name, config, **{"model": model} | more))
         print(report.table(found[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     return found
+
+
+def _values() -> list[int]:
+    given = _VALUES.value or SWEEPS[_SWEEP.value].split(",")
+    if wrong := [value for value in given if not value.isdecimal() or not int(value)]:
+        raise UserError(f"--values: {wrong[0]!r} is not a whole number above 0")
+    return [int(value) for value in given]
 
 
 def swept(config: Any, value: int) -> Any:
@@ -171,6 +178,18 @@ def swept(config: Any, value: int) -> Any:
     return config
 
 
+def _folder() -> epath.Path | None:
+    """That of the results, made before anything is measured."""
+    if not _OUTPUT.value:
+        return None
+    folder = epath.Path(_OUTPUT.value)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder} cannot be used: {error.strerror or error}") from error
+    return folder
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the flags, measures, prints the table, and returns the exit code."""
     argv = list(sys.argv if argv is None else argv)
@@ -180,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command_line.parse(argv, _CONFIG, FLAGS)
         parallel.initialize()
+        folder = _folder()
         found = rows()
         print(report.table(found))
         for row in found:
@@ -187,9 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{row['name']}: " + ", ".join(f"{kind} {100 * x:.0f} %" for kind, x in row["shares"].items()))
         if _COMPARE.value:
             print(report.ratios(found, PAIRS))
-        if _OUTPUT.value and parallel.is_first_process():
-            folder = epath.Path(_OUTPUT.value)
-            folder.mkdir(parents=True, exist_ok=True)
+        if folder and parallel.is_first_process():
             command = shlex.join(["python", "-m", "latent_diffusion.benchmark", *argv[1:]])
             report.write(folder / "benchmark.json", found, command)
             report.figure(folder / "benchmark.png", found, f"{_MODE.value}, {report.environment()['device']}")

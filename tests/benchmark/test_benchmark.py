@@ -36,6 +36,7 @@ def completed(name):
 
 
 def run(capsys, *flags):
+    """(exit code, what was written), from the root of the repository."""
     code = benchmark.main(["benchmark", *flags])
     return code, capsys.readouterr()
 
@@ -65,6 +66,9 @@ def test_rows_of_a_comparison_are_written(capsys, tmp_path, monkeypatch):
     ([], "give --config FILE:TOKEN,... or --compare pixel"),
     (["--config=configs/ldm_class.py:nothing"], "unknown variant 'nothing'"),
     (["--config=configs/autoencoder_kl.py:smoke", "--mode=sample"], "--mode sample needs a config of stage 2"),
+    (["--config=configs/ldm_class.py:smoke", "--sweep=batch", "--values=2,x"], "--values: 'x' is not a whole number"),
+    (["--config=configs/ldm_class.py:smoke", "--output=/dev/null/x"], "--output /dev/null/x cannot be used"),
+    (["--config=configs/ldm_class.py:smoke", "--mode=sample", "--steps=2000"], "must lie between 1 and 1000"),
     (["--config=configs/ldm_class.py:smoke", "--batch_size=3"], "training.batch_size=3 does not divide over 2 devices"),
 ])
 def test_mistakes_are_one_line(capsys, flags, message):
