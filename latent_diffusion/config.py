@@ -103,7 +103,11 @@ def load(name: str) -> ConfigDict:
     path = path if path.exists() else epath.Path(__file__).parent.parent / file
     if not path.exists():
         raise UserError(f"there is no config file {file}")
-    return runpy.run_path(str(path))["get_config"](argument)
+    try:
+        get_config = runpy.run_path(str(path))["get_config"]
+    except (SyntaxError, KeyError) as error:
+        raise UserError(f"{file} is no config file ({type(error).__name__}: {error})") from error
+    return get_config(argument)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ import jax
 PEAKS = {
     "NVIDIA B200": 2250, "NVIDIA GB200": 2500, "NVIDIA H200": 989, "NVIDIA GH200": 989, "NVIDIA H100 NVL": 835,
     "NVIDIA H100 PCIe": 756, "NVIDIA H100": 989, "NVIDIA A100": 312, "NVIDIA A40": 150, "NVIDIA A10G": 70,
-    "NVIDIA A10": 125, "NVIDIA L40S": 362, "NVIDIA L4": 121, "Tesla V100": 125, "Tesla T4": 65,
+    "NVIDIA A10": 125, "NVIDIA L40S": 362, "NVIDIA L40": 181, "NVIDIA L4": 121, "Tesla V100": 125, "Tesla T4": 65,
     "TPU v2": 22.5, "TPU v3": 61.5, "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5": 459,
-    "TPU v6 lite": 918, "TPU v6e": 918, "TPU7x": 2307,
+    "TPU v6 lite": 918, "TPU v6e": 918,
 }
 
 

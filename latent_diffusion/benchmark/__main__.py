@@ -17,7 +17,7 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ from latent_diffusion import config as config_lib
 from latent_diffusion.benchmark import measure, report, workloads
 from latent_diffusion.errors import UserError
 
+log = logging.getLogger("latent_diffusion.benchmark")
 COMPARED = {  # name: config; latent diffusion beside diffusion on pixels (paper Figures 6 and 7, Table 18)
     "LDM-4 ImageNet": "configs/ldm_class.py:cin256_v2",
     "LDM-8 ImageNet": "configs/ldm_class.py:cin256",
@@ -40,6 +41,7 @@ COMPARED = {  # name: config; latent diffusion beside diffusion on pixels (paper
 PAIRS = (("LDM-4 ImageNet", "ADM ImageNet, pixels"), ("LDM-8 ImageNet", "ADM ImageNet, pixels"),
          ("LDM-4 CelebA", "LDM-1 CelebA, pixels"))
 SWEEPS = {"batch": "8,16,32,64,128", "f": "1,2,4,8,16,32", "resolution": "256,512,1024", "steps": "10,20,50,100,200"}
+STEPS = 50  # of the samplers in a comparison
 CLASSES = 1000  # of ImageNet; what a config does not say because the data does
 
 FLAGS = flags.FlagValues()  # of this program alone
@@ -52,106 +54,150 @@ _VALUES = flags.DEFINE_list("values", [], "Of the sweep.", **OWN)
 _BATCH = flags.DEFINE_integer("batch_size", 0, "Over all devices; 0 = the config's.", **OWN)
 _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute type; default: the config's.", **OWN)
 _REMAT = flags.DEFINE_enum("remat", None, ["none", "dots", "full"], "Recomputation; default: the config's.", **OWN)
-_NARROW = flags.DEFINE_integer("narrow", 0, "Channels of the first level, for machines that hold no more.", **OWN)
+_NARROW = flags.DEFINE_integer("narrow", 0, "Channels of the first level of all networks, for small machines.", **OWN)
 _SIZE = flags.DEFINE_integer("size", 0, "Pixels.", **OWN)
 _ONLINE = flags.DEFINE_bool("online", False, "Encode pictures in each step, instead of cached latents.", **OWN)
 _DATA = flags.DEFINE_bool("data", False, "Train on the config's data, read as in training.", **OWN)
 _SAMPLER = flags.DEFINE_string("sampler", None, "Of --mode sample.", **OWN)
-_STEPS = flags.DEFINE_integer("steps", None, "Of the sampler.", **OWN)
-_GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale.", **OWN)
-_WARMUP = flags.DEFINE_integer("warmup", 10, "Steps before the clock starts (sample: 1 unless given).", **OWN)
-_MEASURED = flags.DEFINE_integer("measured", 50, "Steps on the clock (sample: 5 unless given).", **OWN)
+_STEPS = flags.DEFINE_integer("steps", None, "Of the sampler (default: the config's; 50 in a comparison).", **OWN)
+_GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale (default: the config's; 1 in a comparison).", **OWN)
+_WARMUP = flags.DEFINE_integer("warmup", 10, "Steps before the clock starts (sample: 1 unless given).", lower_bound=0,
+                               **OWN)
+_MEASURED = flags.DEFINE_integer("measured", 50, "Steps on the clock (sample: 5 unless given).", lower_bound=1, **OWN)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for benchmark.json and benchmark.png.", **OWN)
 _PROFILE = flags.DEFINE_string("profile", "", "Folder for a trace of three steps (TensorBoard, Perfetto).", **OWN)
 _DEBUG = flags.DEFINE_bool("debug", False, "Show where a mistake was found.", **OWN)
 
 
-def completed(config: Any) -> Any:
-    """A config with the sizes that training would take from data and first stage, and what the flags change."""
-    config = config_lib.from_json(config_lib.to_json(config)).unlock()
+def completed(config: Any) -> tuple[Any, Iterator[dict] | None]:
+    """A config with the sizes that training would take from data and first stage, and what the flags change; and the
+    stream of its data, where that is read. Raises UserError: what does not fit."""
+    config, reads = copied(config), _DATA.value or _MODE.value == "loader"
     config.data.image_size = _SIZE.value or config.data.image_size
     config.training.batch_size = _BATCH.value or config.training.batch_size
+    stream = _loading().open_stream(config) if reads else None
     if config.stage == "diffusion":
-        first, options = config.first_stage, config.conditioning
-        if first.model.kind != "identity":
-            if not first.config:
-                raise UserError("--config.first_stage.config is empty: name the first stage, as in "
-                                "--config.first_stage.config=configs/autoencoder_kl.py:f8")
-            first.model = config_lib.load(first.config).model
-        options.num_classes = options.num_classes or CLASSES
-        options.segmentation.num_classes = options.segmentation.num_classes or CLASSES
-        options.layout.num_classes = options.layout.num_classes or 1  # changes no shape
-        if _SIZE.value:
-            config.model.image_size = 0
-        sizes.complete(config)
-        first.model.dtype = _DTYPE.value or first.model.dtype
-        config.model.model_channels = _NARROW.value or config.model.model_channels
+        _complete_stage2(config)
     elif _NARROW.value:
         config.model.ch = _NARROW.value
     config.model.dtype = _DTYPE.value or config.model.dtype
     config.model.remat = _REMAT.value or config.model.remat
-    config.data.name, config.data.path = config.data.name or "-", config.data.path or "-"
+    if not reads:
+        config.data.name, config.data.path = config.data.name or "-", config.data.path or "-"
     config_lib.validate(config, num_devices=jax.device_count(), num_processes=jax.process_count())
-    return config
+    return config, stream
 
 
-def workload(config: Any) -> workloads.Workload:
-    """What --mode asks for."""
-    batch_size = config.training.batch_size
-    if config.stage == "autoencoder" and _MODE.value == "sample":
-        raise UserError("--mode sample needs a config of stage 2")
-    if _MODE.value == "sample":
-        return workloads.sample(config, batch_size, steps=_STEPS.value, sampler=_SAMPLER.value,
-                                guidance_scale=_GUIDANCE.value)
-    if _MODE.value in ("encode", "decode"):
-        return workloads.code(config, batch_size, decode=_MODE.value == "decode")
-    cached = config.stage == "diffusion" and not _ONLINE.value and not _DATA.value
-    found = workloads.train(config, batch_size, cached=cached)
-    return workloads.on_data(found, _stream(config)) if _DATA.value else found
+def copied(config: Any) -> Any:
+    """The same, to be changed."""
+    return config_lib.from_json(config_lib.to_json(config)).unlock()
 
 
-def _stream(config: Any) -> Any:
+def _loading() -> Any:
     from latent_diffusion.benchmark import loading  # needs the input pipeline, which nothing else here does
 
-    return loading.stream(config)
+    return loading
+
+
+def _complete_stage2(config: Any) -> None:
+    first, options = config.first_stage, config.conditioning
+    if first.workdir:
+        first.model = _loading().first_stage_model(first.workdir)
+    elif first.model.kind != "identity":
+        if not first.config:
+            raise UserError("--config.first_stage.config is empty: name the first stage, as in "
+                            "--config.first_stage.config=configs/autoencoder_kl.py:f8")
+        found = config_lib.load(first.config)
+        if found.stage != "autoencoder":
+            raise UserError(f"first_stage.config={first.config} is no autoencoder")
+        first.model = found.model
+    options.num_classes = options.num_classes or CLASSES
+    options.segmentation.num_classes = options.segmentation.num_classes or CLASSES
+    options.layout.num_classes = options.layout.num_classes or 1  # changes no shape
+    if _SIZE.value:
+        config.model.image_size = 0
+    sizes.complete(config)
+    first.model.dtype = _DTYPE.value or first.model.dtype
+    first.model.ch = _NARROW.value or first.model.ch
+    config.model.model_channels = _NARROW.value or config.model.model_channels
+    if _GUIDANCE.value is not None or _COMPARE.value:
+        config.sampling.guidance_scale = 1.0 if _GUIDANCE.value is None else _GUIDANCE.value
+    if _COMPARE.value and _STEPS.value is None:
+        config.sampling.steps = STEPS
+
+
+def is_cached(config: Any) -> bool:
+    """Whether training steps get latents: where training may have a cache, unless the flags say otherwise."""
+    options = config.conditioning
+    possible = config.stage == "diffusion" and options.concat == "none" and options.crossattn != "layout"
+    return possible and not _ONLINE.value and not _DATA.value
+
+
+def workload(config: Any, stream: Iterator[dict] | None) -> workloads.Workload:
+    """What --mode asks for."""
+    batch_size = config.training.batch_size
+    if _MODE.value == "sample":
+        return workloads.sample(config, batch_size, steps=_STEPS.value, sampler=_SAMPLER.value)
+    if _MODE.value in ("encode", "decode"):
+        return workloads.code(config, batch_size, decode=_MODE.value == "decode")
+    found = workloads.train(config, batch_size, cached=is_cached(config))
+    return workloads.on_data(found, stream) if stream else found
 
 
 def row_of(name: str, config: Any, **more: Any) -> dict[str, Any]:
-    """Measures one row. What does not fit into memory is said in its place."""
-    logging.info("%s: compiling", name)
+    """Measures one row. What does not fit, into memory or else, is said in its place."""
+    log.info("%s: compiling", name)
     long = _MODE.value == "sample"
     steps = dict(warmup=1 if long and not FLAGS["warmup"].present else _WARMUP.value,
                  steps=5 if long and not FLAGS["measured"].present else _MEASURED.value)
     more = {"name": name, "model": name, "devices": jax.device_count(), **more}
     try:
-        config = completed(config)
+        config, stream = completed(config)
         if _MODE.value == "loader":
-            return more | dataclasses.asdict(measure.loader(_stream(config), config.training.batch_size, **steps))
+            return more | dataclasses.asdict(measure.loader(stream, config.training.batch_size, **steps))
+        if _MODE.value == "train":
+            more["cached"] = is_cached(config)
         folder = epath.Path(_PROFILE.value) / re.sub(r"\W+", "_", name) if _PROFILE.value else ""
-        return more | dataclasses.asdict(measure.measure(workload(config), profile=str(folder), **steps))
+        return more | dataclasses.asdict(measure.measure(workload(config, stream), profile=str(folder), **steps))
+    except UserError as error:
+        return more | {"error": " ".join(str(error).split())}
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return more | {"error": f"out of memory with a batch of {config.training.batch_size}"}
 
 
-def rows() -> list[dict[str, Any]]:
-    """All rows that the flags ask for, each printed as soon as it is there."""
+def jobs() -> list[tuple[str, Any, dict[str, Any]]]:
+    """(name, config, what its row says beside) of all rows that the flags ask for."""
+    if _COMPARE.value and _SWEEP.value == "f":
+        raise UserError("--sweep f compares models of its own; leave --compare out")
+    for sweep, flag in (("batch", _BATCH), ("resolution", _SIZE), ("steps", _STEPS)):
+        if _SWEEP.value == sweep and FLAGS[flag.name].present:
+            raise UserError(f"--{flag.name} and --sweep {sweep} both say it; leave one out")
+    if _SWEEP.value == "steps" and _MODE.value != "sample":
+        raise UserError("--sweep steps needs --mode sample")
     named = {} if not _CONFIG.value else {FLAGS["config"].config_filename or "config": _CONFIG.value}
     if _COMPARE.value:
         named |= {name: config_lib.load(spec) for name, spec in COMPARED.items()}
     if not named:
         raise UserError("give --config FILE:TOKEN,... or --compare pixel; --help shows commands")
-    jobs = [(name, name, config, {}) for name, config in named.items()]
-    if _SWEEP.value:
-        values = _values()
-        jobs = [(f"{name}, {_SWEEP.value} {value}", name, config, {"value": value, "sweep": _SWEEP.value})
-                for name, config in named.items() for value in values]
-    found = []
-    for name, model, config, more in jobs:
-        config = swept(config, more["value"]) if more else config
-        found.append(row_of(name, config, **{"model": model} | more))
-        print(report.table(found[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+    if _MODE.value == "sample" and any(config.stage == "autoencoder" for config in named.values()):
+        raise UserError("--mode sample needs a config of stage 2")
+    if not _SWEEP.value:
+        return [(name, config, {}) for name, config in named.items()]
+    return [(f"{name}, {_SWEEP.value} {value}", swept(config, value),
+             {"model": name, "value": value, "sweep": _SWEEP.value})
+            for name, config in named.items() for value in _values()]
+
+
+def rows() -> list[dict[str, Any]]:
+    """All rows, each printed as soon as it is there. Raises UserError where none could be measured."""
+    asked, found = jobs(), []
+    for name, config, more in asked:
+        found.append(row_of(name, config, **more))
+        log.info("%s", report.table(found[-1:]).splitlines()[-1])
+    if all("error" in row for row in found):
+        raise UserError(found[0]["error"])
     return found
 
 
@@ -164,7 +210,7 @@ def _values() -> list[int]:
 
 def swept(config: Any, value: int) -> Any:
     """The config with one value of the sweep."""
-    config = config_lib.from_json(config_lib.to_json(config)).unlock()
+    config = copied(config)
     if _SWEEP.value == "f":
         return config_lib.load(f"configs/ldm_unconditional.py:ldm{value}")
     if _SWEEP.value == "batch":
@@ -178,16 +224,28 @@ def swept(config: Any, value: int) -> Any:
     return config
 
 
-def _folder() -> epath.Path | None:
-    """That of the results, made before anything is measured."""
-    if not _OUTPUT.value:
+def claim(flag: flags.FlagHolder) -> epath.Path | None:
+    """The folder of a flag, made before anything is measured; None if it is not given."""
+    if not flag.value:
         return None
-    folder = epath.Path(_OUTPUT.value)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder := epath.Path(flag.value)).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {folder} cannot be used: {error.strerror or error}") from error
+        raise UserError(f"--{flag.name} {flag.value} cannot be used: {error.strerror or error}") from error
     return folder
+
+
+def show(found: Sequence[dict[str, Any]], folder: epath.Path | None, command: str) -> None:
+    """Prints the results, and writes them if there is a folder."""
+    print(report.table(found))
+    for row in found:
+        if row.get("shares"):
+            print(f"{row['name']}: " + ", ".join(f"{kind} {100 * x:.0f} %" for kind, x in row["shares"].items()))
+    if _COMPARE.value:
+        print(report.ratios(found, PAIRS))
+    if folder:
+        report.write(folder / "benchmark.json", found, command)
+        report.figure(folder / "benchmark.png", found, f"{_MODE.value}, {report.environment()['device']}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,27 +254,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"--help", "-h", "--helpshort", "--helpfull"} & set(argv[1:]):
         print(__doc__ + FLAGS.get_help())
         return 0
+    cached = jax.config.jax_enable_compilation_cache
     try:
         command_line.parse(argv, _CONFIG, FLAGS)
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        logging.getLogger("latent_diffusion").setLevel(logging.INFO)
+        jax.config.update("jax_enable_compilation_cache", False)  # compiling is measured
         parallel.initialize()
-        folder = _folder()
+        folder, _ = claim(_OUTPUT), claim(_PROFILE)
         found = rows()
-        print(report.table(found))
-        for row in found:
-            if row.get("shares"):
-                print(f"{row['name']}: " + ", ".join(f"{kind} {100 * x:.0f} %" for kind, x in row["shares"].items()))
-        if _COMPARE.value:
-            print(report.ratios(found, PAIRS))
-        if folder and parallel.is_first_process():
-            command = shlex.join(["python", "-m", "latent_diffusion.benchmark", *argv[1:]])
-            report.write(folder / "benchmark.json", found, command)
-            report.figure(folder / "benchmark.png", found, f"{_MODE.value}, {report.environment()['device']}")
+        if parallel.is_first_process():
+            show(found, folder, shlex.join(["python", "-m", "latent_diffusion.benchmark", *argv[1:]]))
         return 0
     except UserError as error:
         if "--debug" in argv:
             raise
         print(f"benchmark: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Batches of a config's data, as training reads them. The only file of the benchmark that needs the input pipeline."""
+"""What a config's data and workdirs say, and batches of the data as training reads them. The only file of the benchmark
+that needs the input pipeline."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,11 +8,17 @@ from etils import epath
 
 from latent_diffusion import request
 from latent_diffusion.data import sources
-from latent_diffusion.training import setup
+from latent_diffusion.training import first_stage, setup
 
 
-def stream(config: Any) -> Iterator[dict]:
-    """This process's part of the endless stream of training batches. Raises UserError: data that cannot be opened."""
+def first_stage_model(workdir: str) -> Any:
+    """The description of the autoencoder in a workdir of either stage. Raises UserError if there is none."""
+    return first_stage.read_config(workdir).model
+
+
+def open_stream(config: Any) -> Iterator[dict]:
+    """This process's part of the endless stream of training batches; what follows from the data (classes, the
+    vocabulary) is filled into the config. Raises UserError: data that cannot be opened."""
     sources.prepare(config)
     fields = () if config.stage == "autoencoder" else (
         *request.condition_fields(config), *(name for name in request.map_fields(config) if name != "image"))

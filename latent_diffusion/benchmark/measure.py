@@ -65,16 +65,12 @@ def measure(workload: Workload, *, warmup: int, steps: int, profile: str = "") -
 
 
 def _compiled(workload: Workload) -> tuple[Callable, Any, float | None]:
-    """The call, its program, and how long compiling took, without what earlier runs have left in a cache. With several
-    processes a pmapped call is only compiled when it is called, and there is no program to be had."""
+    """The call, its program, and how long compiling took. With several processes a pmapped call is compiled when it is
+    called, and there is no program to be had."""
     if jax.process_count() > 1:
         return workload.call, None, None
-    cached, started = jax.config.jax_enable_compilation_cache, time.perf_counter()
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        run, program = parallel.compile_ahead(workload.call, *workload.arguments)
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
+    started = time.perf_counter()
+    run, program = parallel.compile_ahead(workload.call, *workload.arguments)
     return run, program, time.perf_counter() - started
 
 

@@ -23,14 +23,14 @@ def by_kind(folder: epath.PathLike, program: str) -> dict[str, float]:
     Operations that run side by side count with the time of each.
 
     Args:
-      folder: where `jax.profiler.trace` wrote one trace.
+      folder: where `jax.profiler.trace` wrote; of several traces the last counts.
       program: text of the compiled program that was traced.
     """
-    [file] = epath.Path(folder).glob("plugins/profile/*/*.trace.json.gz")
+    file = max(epath.Path(folder).glob("plugins/profile/*/*.trace.json.gz"), key=str)  # folders are named by time
     events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
     kinds, spent = _kinds(program), collections.Counter()
     for event in events:
-        operation = event.get("args", {}).get("hlo_op") or event.get("name")
+        operation = event.get("args", {}).get("hlo_op")
         if event.get("ph") == "X" and operation in kinds:
             spent[kinds[operation]] += event["dur"]
     return {kind: time / spent.total() for kind, time in spent.most_common()}

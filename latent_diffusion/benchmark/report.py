@@ -20,13 +20,17 @@ COLUMNS = {  # title: how a row, a `Result` as a dict with its "name", is shown
     "img/s/device": lambda row: f"{row['images_per_second'] / row['devices']:.3g}",
     "step ms": lambda row: f"{1e3 * row['step_seconds']:.3g}",
     "p95": lambda row: f"{1e3 * row['step_p95_seconds']:.3g}",
-    "TFLOP/s": lambda row: f"{row['model_flops'] / row['step_seconds'] / 1e12 / row['devices']:.3g}",
+    "TFLOP/s": lambda row: f"{_flops_of_image(row) * row['images_per_second'] / 1e12 / row['devices']:.3g}",
     "MFU": lambda row: _or_dash(row["utilization"], lambda x: f"{100 * x:.1f}%"),
     "GiB": lambda row: _or_dash(row["memory_bytes"], lambda x: f"{x / 2**30:.2f}"),
     "compile s": lambda row: _or_dash(row["compile_seconds"], lambda x: f"{x:.1f}"),
     "data wait": lambda row: _or_dash(row["wait_share"], lambda x: f"{100 * x:.1f}%"),
     "exchanged": lambda row: _or_dash(row["collective_bytes"], lambda x: f"{x / 2**20:.1f} MiB"),
 }
+
+
+def _flops_of_image(row: Mapping[str, Any]) -> float:
+    return row["model_flops"] / row["batch_size"]
 
 
 def _or_dash(value: Any, show: Any) -> str:
@@ -60,9 +64,9 @@ def ratios(rows: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]]) 
     for fast, slow in pairs:
         if fast in by_name and slow in by_name:
             speed = [by_name[name]["images_per_second"] for name in (fast, slow)]
-            work = [by_name[name]["model_flops"] / by_name[name]["batch_size"] for name in (fast, slow)]
-            lines.append(f"{fast} is {speed[0] / speed[1]:.1f} times as fast as {slow} (model FLOPs: "
-                         f"{work[1] / work[0]:.1f})")
+            work = [_flops_of_image(by_name[name]) for name in (fast, slow)]
+            flops = f" (model FLOPs: {work[1] / work[0]:.1f})" if all(work) else ""
+            lines.append(f"{fast} is {speed[0] / speed[1]:.1f} times as fast as {slow}{flops}")
     return "\n".join(lines)
 
 
@@ -100,7 +104,8 @@ def figure(path: epath.PathLike, rows: Sequence[Mapping[str, Any]], title: str) 
     else:
         bars = axes.barh([row["name"] for row in rows], [row["images_per_second"] for row in rows])
         axes.bar_label(bars, [f"{row['images_per_second']:.3g}" for row in rows], padding=3)
-        axes.set(xlabel="throughput [images / s]", xscale="log", title=title)
+        axes.set(xlabel="throughput [images / s]", title=title)
+        axes.margins(x=0.12)
         axes.invert_yaxis()
     with epath.Path(path).open("wb") as file:
         drawn.savefig(file, format="png", dpi=150)

@@ -112,9 +112,10 @@ def _of_stage1_step(config: Any, work: Work) -> int:
     return total
 
 
-def of_sample(work: Work, *, calls: int, guided: bool) -> int:
-    """FLOPs of one picture: `calls` of the UNet, twice if guided, and the decoder."""
-    return (1 + guided) * (calls * work.unet + work.conditioner) + work.decoder
+def of_sample(config: Any, work: Work, *, calls: int, guided: bool) -> int:
+    """FLOPs of one picture: `calls` of the UNet, twice if guided (all of them), its conditions and the decoder."""
+    encoded = config.conditioning.concat == "inpainting"
+    return (1 + guided) * calls * work.unet + work.conditioner + encoded * work.encoder + work.decoder
 
 
 def calls_of(sampler: str, schedule: Any, steps: int, spacing: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from latent_diffusion import drawing, models, parallel, pipeline, programs, settings
 from latent_diffusion.benchmark import work as work_lib
@@ -53,7 +54,8 @@ def inputs(config: Any, batch_size: int, *, cached: bool = False) -> dict[str, n
             return rng.integers(classes[name](), size=shape.shape, dtype=np.int32)
         if name == "mask":
             return (rng.random(shape.shape) > 0.5).astype(np.float32)
-        return rng.uniform(-1, 1, shape.shape).astype(np.float32).astype(shape.dtype)
+        x = rng.uniform(-1, 1, shape.shape).astype(shape.dtype)
+        return np.abs(x) if name == "latent_std" else x
 
     return {name: draw(name, shape) for name, shape in work_lib.shapes_of(config, number, cached=cached).items()}
 
@@ -129,17 +131,17 @@ class _NoVocabulary:
 def sample(config: Any, batch_size: int, **asked: Any) -> Workload:
     """The whole sampler with the decoder, to pictures of 8 bits: on this process's devices, as each process does.
 
-    asked: of `settings.resolve`: steps, guidance_scale, sampler, ...
+    asked: of `settings.resolve`: steps, sampler, ... The guidance scale is the config's, where 1 is half the work.
     """
     networks, schedule, work = models.build(config), schedule_lib.from_config(config.diffusion), work_lib.of(config)
-    state = jax.jit(functools.partial(stage2.create_state, models=networks, tx=optimizer.create(config), config=config))
-    params = stage2.with_frozen(state(jax.random.key(0)).params,
-                                {"conditioner": jax.jit(lambda: work_lib.frozen_text(config, networks))()})
+    found = settings.resolve(config, **asked)
+    params = jax.jit(lambda: stage2.create_state(
+        jax.random.key(0), models=networks, tx=optax.identity(), config=config).params)()
+    params = stage2.with_frozen(params, {"conditioner": jax.jit(lambda: work_lib.frozen_text(config, networks))()})
     params = {name: params[name] for name in ("unet", "conditioner") if name in params}
     model = pipeline.LatentDiffusion(
         config=config, models=networks, schedule=schedule, scale_factor=1.0, vocabulary=_NoVocabulary(),
         params=parallel.replicate(params | {"first_stage": _first_stage(config, networks)}))
-    found = settings.resolve(config, **asked)
     start, draw = programs.compiled(drawing.program(model, found, drawing.Job()))
     shared = parallel.replicate(drawing.shared_arguments(model, found, drawing.Job()))
     batch = inputs(config, batch_size) | {
@@ -151,7 +153,7 @@ def sample(config: Any, batch_size: int, **asked: Any) -> Workload:
     return Workload(
         draw, (shared, start(shared, batch), batch),
         lambda arguments, result: (shared, start(shared, batch), batch), lambda result: result["images"], batch_size,
-        batch_size * work_lib.of_sample(work, calls=calls, guided=found.guided), work.parameters)
+        batch_size * work_lib.of_sample(config, work, calls=calls, guided=found.guided), work.parameters)
 
 
 def on_data(workload: Workload, stream: Iterator[dict]) -> Workload:

@@ -81,7 +81,7 @@ def _backward(kept: tuple, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.
         q, k, v, out, normalizer, d_out, q_transposed, d_out_transposed = given
         weights = jnp.exp(jnp.matmul(q, k.T, preferred_element_type=jnp.float32) - normalizer)
         d_weights = jnp.matmul(d_out, v.T, preferred_element_type=jnp.float32)
-        shared = jnp.sum((d_out * out).astype(jnp.float32), axis=-1, keepdims=True)
+        shared = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
         d_logits, weights = (weights * (d_weights - shared)).astype(q.dtype), weights.astype(q.dtype)
         return d_logits @ k, q_transposed @ d_logits, d_out_transposed @ weights
 

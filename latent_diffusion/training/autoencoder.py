@@ -205,11 +205,13 @@ def train_step(
             state.params, stats, piece, generator_key, state=state, frozen=frozen, models=models, config=config),
         state.disc_stats, batch, pieces)
     gradients, metrics = mean_over_devices((gradients, metrics))
-    updates, opt_state = generator_tx.update(gradients, state.opt_state, state.params)
-    if not config.training.loss.learn_logvar:  # weight decay must not move it either
-        updates["logvar"] = jnp.zeros_like(updates["logvar"])
-    params = optax.apply_updates(state.params, updates)
-    ema_params, ema_metrics = update_ema(state.ema_params, params, state.step + 1, config.ema)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = generator_tx.update(gradients, state.opt_state, state.params)
+        if not config.training.loss.learn_logvar:  # weight decay must not move it either
+            updates["logvar"] = jnp.zeros_like(updates["logvar"])
+        params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("ema"):
+        ema_params, ema_metrics = update_ema(state.ema_params, params, state.step + 1, config.ema)
     metrics |= ema_metrics | {"grad_norm": optax.tree.norm(gradients)}
 
     disc_params, disc_opt_state = state.disc_params, state.disc_opt_state
@@ -219,9 +221,10 @@ def train_step(
                 disc_params, stats, piece, disc_key, params=params, step=state.step, models=models, config=config),
             disc_stats, batch, pieces)
         disc_gradients, disc_metrics = mean_over_devices((disc_gradients, disc_metrics))
-        updates, disc_opt_state = disc_tx.update(disc_gradients, disc_opt_state, disc_params)
         metrics |= disc_metrics | {"disc_grad_norm": optax.tree.norm(disc_gradients)}
-        disc_params = optax.apply_updates(disc_params, updates)
+        with jax.named_scope("optimizer"):
+            updates, disc_opt_state = disc_tx.update(disc_gradients, disc_opt_state, disc_params)
+            disc_params = optax.apply_updates(disc_params, updates)
 
     return state.replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state,
                          disc_params=disc_params, disc_stats=disc_stats, disc_opt_state=disc_opt_state), metrics

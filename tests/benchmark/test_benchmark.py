@@ -32,7 +32,7 @@ def _flags_are_those_of_one_test():
 
 
 def completed(name):
-    return benchmark.completed(config_lib.load(name))
+    return benchmark.completed(config_lib.load(name))[0]
 
 
 def run(capsys, *flags):
@@ -67,6 +67,12 @@ def test_rows_of_a_comparison_are_written(capsys, tmp_path, monkeypatch):
     (["--config=configs/ldm_class.py:nothing"], "unknown variant 'nothing'"),
     (["--config=configs/autoencoder_kl.py:smoke", "--mode=sample"], "--mode sample needs a config of stage 2"),
     (["--config=configs/ldm_class.py:smoke", "--sweep=batch", "--values=2,x"], "--values: 'x' is not a whole number"),
+    (["--config=configs/ldm_class.py:smoke", "--sweep=batch", "--batch_size=2"], "both say it; leave one out"),
+    (["--config=configs/ldm_class.py:smoke", "--sweep=steps"], "--sweep steps needs --mode sample"),
+    (["--config=configs/ldm_class.py:smoke", "--measured=0"], "0 is not a positive integer"),
+    (["--config=configs/ldm_unconditional.py:smoke", "--mode=sample", "--guidance=2"], "nothing to guide"),
+    (["--config=configs/ldm_class.py:smoke", "--profile=/dev/null/x"], "--profile /dev/null/x cannot be used"),
+    (["--config=configs/ldm_class.py:cin256_v2", "--mode=loader"], "imagenet2012"),
     (["--config=configs/ldm_class.py:smoke", "--output=/dev/null/x"], "--output /dev/null/x cannot be used"),
     (["--config=configs/ldm_class.py:smoke", "--mode=sample", "--steps=2000"], "must lie between 1 and 1000"),
     (["--config=configs/ldm_class.py:smoke", "--batch_size=3"], "training.batch_size=3 does not divide over 2 devices"),
@@ -83,7 +89,10 @@ def test_neither_data_stack_nor_clu_is_imported():
 
 
 def test_keys_and_values_of_the_context_are_computed_outside_of_the_loop():
-    found = workloads.sample(tiny_models.config("text"), 2, steps=3, guidance_scale=2.0)
+    guided = tiny_models.config("text")
+    with guided.unlocked():
+        guided.sampling.guidance_scale = 2.0
+    found = workloads.sample(guided, 2, steps=3)
     jax.config.update("jax_disable_most_optimizations", False)
     _, program = parallel.compile_ahead(found.call, *found.arguments)
     jax.config.update("jax_disable_most_optimizations", True)
@@ -124,7 +133,7 @@ def test_work_of_a_step():
     found = work.of(config)
     assert work.of_step(config, found, cached=True) == 3 * found.unet + found.encoder
     assert work.of_step(config, found, cached=False) == 3 * found.unet + 2 * found.encoder
-    assert work.of_sample(found, calls=50, guided=True) == 100 * found.unet + found.decoder
+    assert work.of_sample(config, found, calls=50, guided=True) == 100 * found.unet + found.encoder + found.decoder
 
 
 def test_table_shows_what_failed():
