@@ -1,6 +1,6 @@
 """What calling a compiled step costs the host, by the number of arrays in its state, with one process and with two.
 
-    python benchmarks/dispatch.py --arrays 2800
+    PYTHONPATH=. python benchmarks/dispatch.py --arrays 2800
 
 Each process has one CPU device. The step adds 1 to a state of so many arrays of 8 numbers, which is no work, and gives
 the state away, as training does. Three ways: pmap as `parallel.pmap_step` uses it; `jit(shard_map)`; pmap with a single

@@ -1,6 +1,6 @@
 """A training step with each of our speed-ups taken out, one at a time, in turn in one run.
 
-    python benchmarks/toggles.py --config configs/ldm_unconditional.py:lsun_churches256 --narrow 64 --batch_size 4
+    PYTHONPATH=. python benchmarks/toggles.py --config configs/ldm_unconditional.py:lsun_churches256 --narrow 64
 
 Prints the step's seconds (the best of all rounds) with everything, and how many times as long it takes without each.
 """

@@ -1,8 +1,8 @@
 """Time of a training step, or of DDIM sampling, beside diffusers: equal UNets with shared weights, in turn in one run.
 
-    python benchmarks/torch_peer.py --mode train --model churches --channels 96 --batch 4
-    python benchmarks/torch_peer.py --mode sample --model cin --channels 192 --batch 2 --compile
-    python benchmarks/torch_peer.py --mode train --model cin --channels 192 --size 64 --batch 64 --bfloat16 --compile
+    PYTHONPATH=. python benchmarks/torch_peer.py --mode train --model churches --channels 96 --batch 4
+    PYTHONPATH=. python benchmarks/torch_peer.py --mode sample --model cin --channels 192 --batch 2 --compile
+    PYTHONPATH=. python benchmarks/torch_peer.py --model cin --channels 192 --size 64 --batch 64 --bfloat16 --compile
 
 Needs requirements-parity.txt, or on a GPU diffusers and a torch for it. `churches` is the unconditional LDM-8 of
 LSUN-churches, `cin` the class-conditional LDM-4 of ImageNet (cin256_v2), both with --channels instead of 192 channels.
