@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     args = parser.parse_args()
     benchmark.FLAGS(["benchmark", f"--narrow={args.narrow}", f"--batch_size={args.batch_size}"])
-    config, running, best = benchmark.completed(config_lib.load(args.config)), {}, {}
+    (config, _), running, best = benchmark.completed(config_lib.load(args.config)), {}, {}
     for name, patches in WITHOUT.items():
         with replaced(patches):
             jax.clear_caches()

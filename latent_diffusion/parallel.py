@@ -4,6 +4,10 @@ The state is held *without* a leading device axis: one replicated array per leaf
 Compared with the stacked form it saves the stacking at start, is what orbax and the sampling code read as it is, and
 needs no un-replication; `replicate` puts a fresh state on all local devices first, without which donation fails in
 multi-process runs. A step must average what it returns (`mean_over_devices`): pmap does not check it, a test does.
+
+With several processes, what is replicated spans the devices of all of them, and the step is pmap's compiled program. The
+pmapped function itself would turn each array of this process into one of all and back, which costs the host 17 us for
+each of the 2,800 arrays of a state (docs/scaling.md).
 """
 
 import functools
@@ -77,21 +81,47 @@ def is_first_process() -> bool:
 
 
 @functools.cache
-def _mesh() -> Mesh:
-    return Mesh(np.array(jax.local_devices()), (AXIS,))
+def _here(*axes: str) -> NamedSharding:
+    return NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(*axes))
+
+
+@functools.cache
+def _everywhere(*axes: str) -> NamedSharding:
+    return NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), PartitionSpec(*axes))
 
 
 def replicate(tree: Any) -> Any:
-    """Puts one copy of every leaf on every local device, as the steps expect their state."""
-    return jax.device_put(tree, NamedSharding(_mesh(), PartitionSpec()))
+    """Puts one copy of every leaf on every device of every process, as the steps expect their state. All processes give
+    equal values; no collective."""
+    return _of_all_processes(jax.device_put(_of_this_process(tree), _here()), _everywhere())
+
+
+def _of_all_processes(tree: Any, sharding: NamedSharding) -> Any:
+    """The same memory as arrays of all processes, replicated or with a leading axis of devices."""
+    more = jax.process_count() if sharding.spec else 1
+
+    def seen(x: jax.Array) -> jax.Array:
+        shape = (x.shape[0] * more, *x.shape[1:]) if sharding.spec else x.shape
+        return jax.make_array_from_single_device_arrays(shape, sharding, [s.data for s in x.addressable_shards])
+
+    return tree if jax.process_count() == 1 else jax.tree.map(seen, tree)
+
+
+def _of_this_process(tree: Any) -> Any:
+    """The same memory, with what is replicated over all processes as arrays of this one's devices."""
+    def seen(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return x
+        return jax.make_array_from_single_device_arrays(x.shape, _here(), [s.data for s in x.addressable_shards])
+
+    return tree if jax.process_count() == 1 else jax.tree.map(seen, tree)
 
 
 def shard(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Cuts a per-process batch (b, ...) into (local devices, b / local devices, ...) and sends it to the devices."""
     devices = jax.local_device_count()
-    sharding = NamedSharding(_mesh(), PartitionSpec(AXIS))
     cut = {name: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]) for name, x in batch.items()}
-    return jax.device_put(cut, sharding)
+    return jax.device_put(cut, _here(AXIS))
 
 
 def to_host(tree: Any) -> Any:
@@ -116,7 +146,21 @@ def pmap_step(step: Callable, **static: Any) -> Callable:
     """``step(state, frozen, batch, rng, **static)`` on all devices: state, frozen weights and key replicated, batch
     sharded, the state donated. The step returns ``(state, metrics)``, equal on every device.
     """
-    return _pmap(step, static, (None, None, 0, None), out_axes=(None, None), donate_argnums=(0,))
+    call = _pmap(step, static, (None, None, 0, None), out_axes=(None, None), donate_argnums=(0,))
+    return call if jax.process_count() == 1 else _compiled_at_first_call(call)
+
+
+def _compiled_at_first_call(call: Callable) -> Callable:
+    """A `pmap_step` without pmap's conversions of arrays between this process and all: see above."""
+    programs: list[Any] = []
+
+    @functools.wraps(call)
+    def step(state: Any, frozen: Any, batch: Any, rng: Any) -> Any:
+        if not programs:
+            programs.append(call.mapped.lower((state,), (frozen,), (batch,), (rng,)).compile())
+        return programs[0]((state,), (frozen,), (_of_all_processes(batch, _everywhere(AXIS)),), (rng,))
+
+    return step
 
 
 def pmap_evaluate(step: Callable, **static: Any) -> Callable:
@@ -131,13 +175,24 @@ def pmap_encode(function: Callable, **static: Any) -> Callable:
 
 def pmap_local(function: Callable, **static: Any) -> Callable:
     """As `pmap_encode`, on this process's devices alone, so that one process may call it without the others."""
-    return _pmap(function, static, (None, 0), devices=jax.local_devices())
+    call = _pmap(function, static, (None, 0), devices=jax.local_devices())
+    return _with_shared_of_this_process(call)
 
 
 def pmap_draw(function: Callable, *, donate: bool, **static: Any) -> Callable:
     """``function(shared, start, batch, **static)`` on this process's devices alone: the first replicated, the others
     and the result with a leading device axis, and the memory of `start` given away if `donate`."""
-    return _pmap(function, static, (None, 0, 0), devices=jax.local_devices(), donate_argnums=(1,) if donate else ())
+    call = _pmap(function, static, (None, 0, 0), devices=jax.local_devices(), donate_argnums=(1,) if donate else ())
+    return _with_shared_of_this_process(call)
+
+
+def _with_shared_of_this_process(call: Callable) -> Callable:
+    """A pmapped function of this process's devices, whose first argument may be replicated over those of all."""
+    @functools.wraps(call)
+    def local(shared: Any, *arguments: Any) -> Any:
+        return call(_of_this_process(shared), *arguments)
+
+    return local
 
 
 def _pmap(function: Callable, static: dict[str, Any], in_axes: tuple, **options: Any) -> Callable:
@@ -200,8 +255,7 @@ def any_process(flag: Callable[[], bool]) -> Callable[[], bool]:
     """
     if jax.process_count() == 1:
         return flag
-    votes = jax.device_put(np.full(jax.local_device_count(), flag(), np.float32),
-                           NamedSharding(_mesh(), PartitionSpec(AXIS)))
+    votes = jax.device_put(np.full(jax.local_device_count(), flag(), np.float32), _here(AXIS))
     answer = _vote()(votes)
     return lambda: bool(to_host(answer) > 0)
 

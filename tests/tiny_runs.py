@@ -1,5 +1,5 @@
 """Tiny runs of both stages: configs, states and steps, for the tests of training. As a program, ``python tiny_runs.py
-FILE`` writes the parameters after a few steps on however many devices there are."""
+FILE RUN...`` writes the parameters after a few steps of some runs on however many devices and processes there are."""
 
 import functools
 import pathlib
@@ -84,9 +84,15 @@ def autoencoder_run(config, batch=None):
     """(first state, pmapped step) of stage 1."""
     tx = (optimizer.create(config), optimizer.create(config))
     static = dict(models=networks(config), tx=tx, config=config)
-    sharded = parallel.shard(image_batch() if batch is None else batch)
+    sharded = parallel.shard(of_this_process(image_batch() if batch is None else batch))
     state, _ = parallel.pmap_step(stage1.create_state, **static)(None, {}, sharded, jax.random.key(0))
     return state, parallel.pmap_step(stage1.train_step, schedule=None, **static)
+
+
+def of_this_process(batch):
+    """Its part of a batch of all."""
+    each = len(batch["index"]) // jax.process_count()
+    return {name: x[jax.process_index() * each:][:each] for name, x in batch.items()}
 
 
 def random_state(config):
@@ -116,19 +122,23 @@ def diffusion_run(config):
 
 def advance(state, step, batch, frozen, steps: int):
     """State and list of metrics after some steps on one batch."""
-    frozen, sharded, metrics = parallel.replicate(frozen), parallel.shard(batch), []
+    frozen, sharded, metrics = parallel.replicate(frozen), parallel.shard(of_this_process(batch)), []
     for _ in range(steps):
         state, values = step(state, frozen, sharded, jax.random.key(7))
         metrics.append(jax.device_get(jax.block_until_ready(values)))
     return state, metrics
 
 
-def run_both_stages(steps: int = 2) -> dict[str, tuple]:
+RUNS = {
+    "kl": lambda steps: advance(*autoencoder_run(autoencoder_config()), image_batch(), {}, steps),
+    "actnorm": lambda steps: advance(
+        *autoencoder_run(autoencoder_config(disc_norm="actnorm")), image_batch(), {}, steps),
+    "ldm": lambda steps: advance(*diffusion_run(diffusion_config()), latent_batch(), {"null": NULL}, steps)}
+
+
+def run_both_stages(names=tuple(RUNS), steps: int = 2) -> dict[str, tuple]:
     """State and metrics after a few steps of both stages, by name."""
-    return {
-        "kl": advance(*autoencoder_run(autoencoder_config()), image_batch(), {}, steps),
-        "actnorm": advance(*autoencoder_run(autoencoder_config(disc_norm="actnorm")), image_batch(), {}, steps),
-        "ldm": advance(*diffusion_run(diffusion_config()), latent_batch(), {"null": NULL}, steps)}
+    return {name: RUNS[name](steps) for name in names}
 
 
 def arrays(runs: dict[str, tuple]) -> dict[str, np.ndarray]:
@@ -141,5 +151,16 @@ def arrays(runs: dict[str, tuple]) -> dict[str, np.ndarray]:
     return found
 
 
+def sum_of_means(shared, batch):
+    return batch["x"] + sum(x.mean() for x in jax.tree.leaves(shared["params"]))
+
+
 if __name__ == "__main__":
-    np.savez(sys.argv[1], devices=jax.device_count(), **arrays(run_both_stages()))
+    parallel.initialize()
+    runs = run_both_stages(sys.argv[2:] or RUNS)
+    found = arrays(runs)
+    if jax.process_count() > 1:  # what is replicated over all processes serves functions of one
+        zeros = parallel.shard({"x": np.zeros(jax.local_device_count(), np.float32)})
+        found["local"] = parallel.gather(parallel.pmap_local(sum_of_means)(
+            {"params": runs["ldm"][0].params, "key": parallel.replicate(jax.random.key(0))}, zeros))
+    np.savez(sys.argv[1], devices=jax.device_count(), **found)

@@ -1,6 +1,8 @@
-"""One device and two give the same training: losses, parameters, running statistics; replicas stay equal."""
+"""One device, two, and two processes give the same training: losses, parameters, running statistics; replicas stay
+equal."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -18,17 +20,35 @@ def two_devices():
     return tiny_runs.run_both_stages()
 
 
+def start(file, *runs, **environment):
+    """The steps in a process with one device, which writes what it found."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=2", "device_count=1")
+    return subprocess.Popen(
+        [sys.executable, tiny_runs.__file__, str(file), *runs], cwd=tiny_runs.ROOT,
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": f"{tiny_runs.ROOT}", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+             **environment})
+
+
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
-    """The same steps in a process with one device."""
     file = tmp_path_factory.mktemp("one") / "run.npz"
-    flags = os.environ["XLA_FLAGS"].replace("device_count=2", "device_count=1")
-    subprocess.run([sys.executable, tiny_runs.__file__, str(file)], check=True, cwd=tiny_runs.ROOT,
-                   env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": f"{tiny_runs.ROOT}",
-                        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+    assert start(file).wait() == 0
     found = dict(np.load(file))
     assert found.pop("devices") == 1
     return found
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What each of two processes, with one device each, found of two of the runs."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    files = [tmp_path_factory.mktemp("two") / f"{i}.npz" for i in range(2)]
+    both = [start(file, "kl", "ldm", JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i))
+            for i, file in enumerate(files)]
+    assert [process.wait() for process in both] == [0, 0]
+    return [dict(np.load(file)) for file in files]
 
 
 @pytest.mark.parametrize("run", ["kl", "actnorm", "ldm"])
@@ -38,6 +58,16 @@ def test_one_device_equals_two(one_device, two_devices, run):
     assert len(names) > 20 and set(one_device) == set(found)
     for name in names:
         np.testing.assert_allclose(found[name], one_device[name], rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def test_two_processes_equal_two_devices(two_processes, two_devices):
+    expected = tiny_runs.arrays({run: two_devices[run] for run in ("kl", "ldm")})
+    expected |= {"devices": 2, "local": sum(
+        x.mean() for x in jax.tree.leaves(parallel.to_host(two_devices["ldm"][0].params)))}
+    for found in two_processes:
+        assert set(found) == set(expected)
+        for name in expected:
+            np.testing.assert_allclose(found[name], expected[name], rtol=2e-5, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("run", ["kl", "ldm"])
