@@ -5,9 +5,9 @@ Compared with the stacked form it saves the stacking at start, is what orbax and
 needs no un-replication; `replicate` puts a fresh state on all local devices first, without which donation fails in
 multi-process runs. A step must average what it returns (`mean_over_devices`): pmap does not check it, a test does.
 
-With several processes, what is replicated spans the devices of all of them, and the step is pmap's compiled program. The
-pmapped function itself would turn each array of this process into one of all and back, which costs the host 17 us for
-each of the 2,800 arrays of a state (docs/scaling.md).
+With several processes, what is replicated spans the devices of all of them, and the step is pmap's compiled program.
+The pmapped function itself would turn each array of this process into one of all and back, which costs the host 17 us
+for each of the 2,800 arrays of a state (docs/scaling.md).
 """
 
 import functools
@@ -151,7 +151,8 @@ def pmap_step(step: Callable, **static: Any) -> Callable:
 
 
 def _compiled_at_first_call(call: Callable) -> Callable:
-    """A `pmap_step` without pmap's conversions of arrays between this process and all: see above."""
+    """A `pmap_step`, for arguments of one structure, without pmap's conversions of arrays between this process and all:
+    see above."""
     programs: list[Any] = []
 
     @functools.wraps(call)

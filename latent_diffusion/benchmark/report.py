@@ -102,7 +102,8 @@ def figure(path: epath.PathLike, rows: Sequence[Mapping[str, Any]], title: str) 
                  title=title)
         axes.legend()
     else:
-        bars = axes.barh([row["name"] for row in rows], [row["images_per_second"] for row in rows])
+        colors = ["tab:orange" if "pixels" in row["name"] else "tab:blue" for row in rows]
+        bars = axes.barh([row["name"] for row in rows], [row["images_per_second"] for row in rows], color=colors)
         axes.bar_label(bars, [f"{row['images_per_second']:.3g}" for row in rows], padding=3)
         axes.set(xlabel="throughput [images / s]", title=title)
         axes.margins(x=0.12)

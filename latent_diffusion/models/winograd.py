@@ -1,9 +1,9 @@
 """3x3 convolutions with 16 multiplications for four pixels instead of 36: Winograd's minimal filtering F(2x2, 3x3),
 as in Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016, section 4.
 
-A tile of 2x2 outputs d needs 4x4 inputs; with the matrices below, out = A^T [(G k G^T) * (B^T d B)] A, where * is a
-product of each of the 16 entries, over channels a product of matrices. Sums of numbers up to four times as large make
-rounding errors two to three times those of a plain convolution.
+A tile of 2x2 outputs needs 4x4 inputs d; with the matrices below, out = A^T [(G k G^T) * (B^T d B)] A, where * is a
+product of each of the 16 entries, over channels a product of matrices. Rounding errors are no larger than those of
+XLA's convolutions on a CPU, which sum nine times as many numbers (a test compares both with float64).
 """
 
 import functools

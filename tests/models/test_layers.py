@@ -246,7 +246,7 @@ def test_convolutions_as_products_are_the_plain_ones(side, kernel, stride, paddi
     weights = jnp.asarray(rng.standard_normal((kernel, kernel, 3, 5)), jnp.float32)
     plain = jax.lax.conv_general_dilated(
         x, weights, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    ours = layers._convolve(x, weights, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    ours = layers.convolve(x, weights, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     np.testing.assert_allclose(ours, plain, atol=1e-5)
 
 
