@@ -5,9 +5,9 @@ Compared with the stacked form it saves the stacking at start, is what orbax and
 needs no un-replication; `replicate` puts a fresh state on all local devices first, without which donation fails in
 multi-process runs. A step must average what it returns (`mean_over_devices`): pmap does not check it, a test does.
 
-With several processes, what is replicated spans the devices of all of them, and the step is pmap's compiled program.
-The pmapped function itself would turn each array of this process into one of all and back, which costs the host 17 us
-for each of the 2,800 arrays of a state (docs/scaling.md).
+With several processes, the arrays of a state that a step returns are those of all processes, and the step is pmap's
+compiled program. The pmapped function itself would turn each array of this process into one of all and back, which
+costs the host 17 us for each of the 2,800 arrays of a state (docs/scaling.md).
 """
 
 import functools
@@ -91,30 +91,30 @@ def _everywhere(*axes: str) -> NamedSharding:
 
 
 def replicate(tree: Any) -> Any:
-    """Puts one copy of every leaf on every device of every process, as the steps expect their state. All processes give
-    equal values; no collective."""
-    return _of_all_processes(jax.device_put(_of_this_process(tree), _here()), _everywhere())
+    """Puts one copy of every leaf on every local device, as the steps expect their state."""
+    return jax.device_put(tree, _here())
 
 
-def _of_all_processes(tree: Any, sharding: NamedSharding) -> Any:
-    """The same memory as arrays of all processes, replicated or with a leading axis of devices."""
-    more = jax.process_count() if sharding.spec else 1
-
+def of_this_process(tree: Any) -> Any:
+    """The same memory, with what a step returned as arrays of this process's devices, for what works on these alone."""
     def seen(x: jax.Array) -> jax.Array:
-        shape = (x.shape[0] * more, *x.shape[1:]) if sharding.spec else x.shape
-        return jax.make_array_from_single_device_arrays(shape, sharding, [s.data for s in x.addressable_shards])
-
-    return tree if jax.process_count() == 1 else jax.tree.map(seen, tree)
-
-
-def _of_this_process(tree: Any) -> Any:
-    """The same memory, with what is replicated over all processes as arrays of this one's devices."""
-    def seen(x: Any) -> Any:
-        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        if x.is_fully_addressable:
             return x
         return jax.make_array_from_single_device_arrays(x.shape, _here(), [s.data for s in x.addressable_shards])
 
-    return tree if jax.process_count() == 1 else jax.tree.map(seen, tree)
+    return jax.tree.map(seen, tree)
+
+
+def _of_all_processes(tree: Any, *axes: str) -> Any:
+    """The same memory as arrays of all processes: replicated, or with a leading axis of devices, `AXIS`."""
+    def seen(x: jax.Array) -> jax.Array:
+        if not x.is_fully_addressable:
+            return x
+        shape = (x.shape[0] * jax.process_count(), *x.shape[1:]) if axes else x.shape
+        return jax.make_array_from_single_device_arrays(
+            shape, _everywhere(*axes), [s.data for s in x.addressable_shards])
+
+    return jax.tree.map(seen, tree)
 
 
 def shard(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -153,13 +153,18 @@ def pmap_step(step: Callable, **static: Any) -> Callable:
 def _compiled_at_first_call(call: Callable) -> Callable:
     """A `pmap_step`, for arguments of one structure, without pmap's conversions of arrays between this process and all:
     see above."""
-    programs: list[Any] = []
+    kept: dict[str, Any] = {}  # the program; the frozen weights as given, and as arrays of all processes
 
     @functools.wraps(call)
     def step(state: Any, frozen: Any, batch: Any, rng: Any) -> Any:
-        if not programs:
-            programs.append(call.mapped.lower((state,), (frozen,), (batch,), (rng,)).compile())
-        return programs[0]((state,), (frozen,), (_of_all_processes(batch, _everywhere(AXIS)),), (rng,))
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(batch)):  # for its shapes
+            return call(state, frozen, batch, rng)
+        if "program" not in kept:
+            kept["program"] = call.mapped.lower((state,), (frozen,), (batch,), (rng,)).compile()
+        if kept.get("given") is not frozen:
+            kept.update(given=frozen, frozen=_of_all_processes(frozen))
+        state, batch = _of_all_processes(state), _of_all_processes(batch, AXIS)
+        return kept["program"]((state,), (kept["frozen"],), (batch,), (rng,))
 
     return step
 
@@ -176,24 +181,13 @@ def pmap_encode(function: Callable, **static: Any) -> Callable:
 
 def pmap_local(function: Callable, **static: Any) -> Callable:
     """As `pmap_encode`, on this process's devices alone, so that one process may call it without the others."""
-    call = _pmap(function, static, (None, 0), devices=jax.local_devices())
-    return _with_shared_of_this_process(call)
+    return _pmap(function, static, (None, 0), devices=jax.local_devices())
 
 
 def pmap_draw(function: Callable, *, donate: bool, **static: Any) -> Callable:
     """``function(shared, start, batch, **static)`` on this process's devices alone: the first replicated, the others
     and the result with a leading device axis, and the memory of `start` given away if `donate`."""
-    call = _pmap(function, static, (None, 0, 0), devices=jax.local_devices(), donate_argnums=(1,) if donate else ())
-    return _with_shared_of_this_process(call)
-
-
-def _with_shared_of_this_process(call: Callable) -> Callable:
-    """A pmapped function of this process's devices, whose first argument may be replicated over those of all."""
-    @functools.wraps(call)
-    def local(shared: Any, *arguments: Any) -> Any:
-        return call(_of_this_process(shared), *arguments)
-
-    return local
+    return _pmap(function, static, (None, 0, 0), devices=jax.local_devices(), donate_argnums=(1,) if donate else ())
 
 
 def _pmap(function: Callable, static: dict[str, Any], in_axes: tuple, **options: Any) -> Callable:

@@ -159,8 +159,8 @@ if __name__ == "__main__":
     parallel.initialize()
     runs = run_both_stages(sys.argv[2:] or RUNS)
     found = arrays(runs)
-    if jax.process_count() > 1:  # what is replicated over all processes serves functions of one
+    if jax.process_count() > 1:  # what a step returned serves functions of one process
         zeros = parallel.shard({"x": np.zeros(jax.local_device_count(), np.float32)})
-        found["local"] = parallel.gather(parallel.pmap_local(sum_of_means)(
-            {"params": runs["ldm"][0].params, "key": parallel.replicate(jax.random.key(0))}, zeros))
+        shared = {"params": parallel.of_this_process(runs["ldm"][0].params)}
+        found["local"] = parallel.gather(parallel.pmap_local(sum_of_means)(shared, zeros))
     np.savez(sys.argv[1], devices=jax.device_count(), **found)

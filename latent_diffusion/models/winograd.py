@@ -16,14 +16,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 T = TypeVar("T")
+LEAST_WORK = 2**22  # pixels times channels, of inputs and of outputs
 MOST_ENTRIES = 2**23  # of a picture: above, its tiles take too much memory, and are no faster
 
 
 def pays(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> bool:
     """Whether `convolve` is the faster way, and computes the same: in float32 on a CPU, where XLA's convolutions take
-    1.3 to 2 times as long and their gradients 2 to 3 times, as measured with jax 0.10. The kernel is transformed at
-    each call, which must be little beside the products. The size of the batch has no say, so that results do not
-    depend on it. LATENT_DIFFUSION_CONVOLUTION=xla in the environment rules it out."""
+    1.3 to 2 times as long and their gradients 2 to 3 times, as measured with jax 0.10. Not for small ones, which gain
+    little but take as long to compile. The kernel is transformed at each call, which must be little beside the
+    products. The size of the batch has no say, so that results do not depend on it. LATENT_DIFFUSION_CONVOLUTION=xla in
+    the environment rules it out."""
     if jax.default_backend() != "cpu" or os.environ.get("LATENT_DIFFUSION_CONVOLUTION", "auto") == "xla":
         return False
     same = kernel.shape[:-2] == (3, 3) and {*strides} == {1} and {*map(tuple, padding)} == {(1, 1)}
@@ -31,8 +33,8 @@ def pays(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Seque
         return False
     _, height, width, channels = x.shape
     features, pixels = kernel.shape[-1], height * width
-    return (pixels >= 64 and min(channels, features) >= 32 and channels * features <= 4096 * pixels
-            and pixels * max(channels, features) <= MOST_ENTRIES)
+    return (min(channels, features) >= 32 and pixels * channels * features >= LEAST_WORK
+            and channels * features <= 4096 * pixels and pixels * max(channels, features) <= MOST_ENTRIES)
 
 
 # Gradients need the 16 tiled arrays of the input again. They are four times as large as the input, so they are made

@@ -246,7 +246,8 @@ def diffusion(config: Any, workdir: epath.Path, splits: Splits, vocabulary: cond
         params = stage2.with_frozen(stage2.sampling_params(state.params, state.ema_params), frozen)
         params["first_stage"] = frozen["first_stage"]
         ldm = pipeline.LatentDiffusion(
-            config=config, models=networks, schedule=schedule, params=params, vocabulary=vocabulary,
+            config=config, models=networks, schedule=schedule, params=parallel.of_this_process(params),
+            vocabulary=vocabulary,
             scale_factor=float(parallel.to_host(state.scale_factor)), step=int(parallel.to_host(state.step)), **names)
         return {"samples": previews.draw(ldm, asked, data.held_out() if maps or "layout" in fields else {})}
 
