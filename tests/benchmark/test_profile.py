@@ -9,6 +9,7 @@ import pytest
 
 from latent_diffusion.benchmark import profile
 from latent_diffusion.models.attention import attention
+from latent_diffusion.models.winograd import winograd
 
 PROGRAM = """
 %fused_computation.1 (p: f32[4]) -> f32[4] {
@@ -39,11 +40,15 @@ def test_kinds_of_work(tmp_path):
         "norms": 0.05})
 
 
-def test_a_real_trace(tmp_path):
-    q = jnp.ones((1, 64, 2, 8))
-    compiled = jax.jit(lambda q: attention(q, q, q)).lower(q).compile()
+@pytest.mark.parametrize("kind, function, shapes", [
+    ("attention", lambda q: attention(q, q, q), [(1, 64, 2, 8)]),
+    ("convolutions", winograd, [(1, 16, 16, 16), (3, 3, 16, 16)]),
+])
+def test_a_real_trace(tmp_path, kind, function, shapes):
+    inputs = [jnp.ones(shape) for shape in shapes]
+    compiled = jax.jit(lambda *inputs: function(*inputs)).lower(*inputs).compile()
     with jax.profiler.trace(tmp_path):
-        jax.block_until_ready(compiled(q))
+        jax.block_until_ready(compiled(*inputs))
     shares = profile.by_kind(tmp_path, compiled.as_text())
     assert sum(shares.values()) == pytest.approx(1)
-    assert shares["attention"] > 0.5
+    assert shares[kind] > 0.5
