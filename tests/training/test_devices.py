@@ -40,12 +40,12 @@ def one_device(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """What each of two processes, with one device each, found of two of the runs."""
+    """What each of two processes, with one device each, found of stage 2."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     files = [tmp_path_factory.mktemp("two") / f"{i}.npz" for i in range(2)]
-    both = [start(file, "kl", "ldm", JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i))
+    both = [start(file, "ldm", JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i))
             for i, file in enumerate(files)]
     assert [process.wait() for process in both] == [0, 0]
     return [dict(np.load(file)) for file in files]
@@ -61,7 +61,7 @@ def test_one_device_equals_two(one_device, two_devices, run):
 
 
 def test_two_processes_equal_two_devices(two_processes, two_devices):
-    expected = tiny_runs.arrays({run: two_devices[run] for run in ("kl", "ldm")})
+    expected = tiny_runs.arrays({"ldm": two_devices["ldm"]})
     expected |= {"devices": 2, "local": sum(
         x.mean() for x in jax.tree.leaves(parallel.to_host(two_devices["ldm"][0].params)))}
     for found in two_processes:
