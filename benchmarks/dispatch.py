@@ -47,10 +47,9 @@ def ways(arrays: int) -> dict[str, tuple[Callable, Any, Any]]:
         lambda state, batch: add_one(state, {}, batch, None)[0], mesh=mesh, in_specs=(PartitionSpec(), split.spec),
         out_specs=PartitionSpec(), check_vma=False), donate_argnums=0)
     global_batch = jax.make_array_from_process_local_data(split, batch["x"])
-    here = NamedSharding(Mesh(np.array(jax.local_devices()), (parallel.AXIS,)), PartitionSpec())
     return {
         "pmap_step": (pmapped, parallel.replicate(many), parallel.shard(batch)),
-        "pmap": (plain, jax.device_put(many, here), parallel.shard(batch)),
+        "pmap": (plain, parallel.replicate(many), parallel.shard(batch)),
         "jit(shard_map)": (mapped, jax.device_put(many, everywhere), {"x": global_batch}),
     }
 

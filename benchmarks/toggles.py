@@ -18,7 +18,7 @@ from latent_diffusion import config as config_lib
 from latent_diffusion import parallel
 from latent_diffusion.benchmark import __main__ as benchmark
 from latent_diffusion.benchmark import workloads
-from latent_diffusion.models import attention, layers, winograd
+from latent_diffusion.models import attention, convolution, layers, winograd
 from latent_diffusion.training import autoencoder, diffusion
 
 
@@ -30,7 +30,7 @@ def plain_product(x, kernel, dimension_numbers=None, precision=None, **options):
     return jnp.dot(x, kernel, precision=precision, **options)
 
 
-def convolution(x, kernel, strides, padding, **options):
+def without_products(x, kernel, strides, padding, **options):
     if winograd.pays(x, kernel, strides, padding):
         return winograd.winograd(x, kernel)
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
@@ -40,8 +40,8 @@ WITHOUT = {  # what is replaced: (where, name, by what)
     "nothing": [],
     "Winograd's convolutions": [(winograd, "pays", lambda *arguments: False)],
     "the gradient of attention head by head": [(attention, "LARGE", 2**62)],
-    "products on two axes": [(layers, "_multiply", plain_product)],
-    "products for 1x1 kernels and small pictures": [(layers, "convolve", convolution)],
+    "products on two axes": [(module, "multiply", plain_product) for module in (layers, convolution, winograd)],
+    "products for 1x1 kernels and small pictures": [(layers, "convolve", without_products)],
     "leaving out the mean over one device": [(module, "mean_over_devices", always_mean)
                                              for module in (autoencoder, diffusion)],
 }

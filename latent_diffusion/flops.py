@@ -52,8 +52,7 @@ def _of_equation(equation: Any) -> int:
         outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
         return 2 * equation.outvars[0].aval.size * math.prod(kernel) // outputs
     if params.get("name") == "winograd":  # with fewer multiplications the convolution that it is
-        x, kernel = (variable.aval for variable in equation.invars)
-        return 2 * equation.outvars[0].aval.size * 9 * kernel.shape[2]
+        return 2 * equation.outvars[0].aval.size * math.prod(equation.invars[1].aval.shape[:-1])
     inner = [_of_jaxpr(getattr(value, "jaxpr", value)) for value in _jaxprs(params)]
     if name == "cond":
         return max(inner)

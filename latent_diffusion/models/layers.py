@@ -14,18 +14,18 @@ float32.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Num
 
 from latent_diffusion.errors import UserError, choose
-from latent_diffusion.models import winograd
 from latent_diffusion.models.attention import attention, merge_heads, split_heads
+from latent_diffusion.models.convolution import convolve
+from latent_diffusion.models.products import multiply
 
 Dtype = Any
 
@@ -36,38 +36,6 @@ def torch_bias_init(fan_in: int) -> Callable[..., jax.Array]:
     """U(+-1/sqrt(fan_in)): torch draws biases like weights."""
     bound = 1 / math.sqrt(fan_in)
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-def _multiply(
-    x: jax.Array, kernel: jax.Array, dimension_numbers: Any = None, precision: Any = None, **options: Any
-) -> jax.Array:
-    """x @ kernel over the last axis of `x`, whose other axes become one: XLA's CPU code takes half the time for the
-    gradient of such a kernel. (A `dot_general` for Flax.)"""
-    product = jnp.dot(x.reshape(-1, x.shape[-1]), kernel, precision=precision, **options)
-    return product.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def convolve(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding: Sequence[tuple[int, int]], *,
-    precision: Any = None, **options: Any,
-) -> jax.Array:
-    """`lax.conv_general_dilated`, but on a CPU `winograd` where it is faster, and everywhere a product where that is
-    what it amounts to. With the patches of a picture that is hardly larger than the kernel: on the coarsest 2x2 level
-    of LDM-8, XLA exchanges picture and kernel, and its CPU code then takes 11 times as long; on 4x4 pixels it takes 1.3
-    (jax 0.10) to 2.5 times (0.12) as long. With each pixel for a 1x1 kernel, which XLA's CPU convolution does not share
-    out between threads."""
-    if {*kernel.shape[:-2], *strides} == {1} and not np.any(padding):
-        return _multiply(x, kernel.reshape(kernel.shape[-2:]), precision=precision)
-    if winograd.pays(x, kernel, strides, padding):
-        return winograd.winograd(x, kernel)
-    if x.shape[1] * x.shape[2] >= 2 * kernel.shape[0] * kernel.shape[1]:
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, precision=precision, **options)
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    rows, columns = (
-        [slice(i, i + side - size + 1, stride) for i in range(size)]
-        for side, size, stride in zip(x.shape[1:3], kernel.shape[:2], strides, strict=True))
-    patches = jnp.concatenate([x[:, row, column] for row in rows for column in columns], axis=-1)
-    return _multiply(patches, kernel.reshape(-1, kernel.shape[-1]), precision=precision)
 
 
 def conv(
@@ -123,7 +91,7 @@ def dense(
     bias_init = torch_bias_init(x.shape[-1])
     return nn.Dense(
         features, use_bias=use_bias, kernel_init=torch_kernel_init, bias_init=bias_init, dtype=dtype,
-        dot_general=_multiply, name=name,
+        dot_general=multiply, name=name,
     )(x)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from latent_diffusion.errors import UserError, choose
-from latent_diffusion.models import layers
+from latent_diffusion.models.convolution import convolve
 
 # One entry per convolution: name, channels, kernel, stride, padding, max-pool window before it (0: none; stride 2).
 # A slice ends where its features are compared.
@@ -64,7 +64,7 @@ class LPIPS(nn.Module):
         convolutions = choose(CONVOLUTIONS, self.net, "LPIPS network")
         self.convolutions = [
             nn.Conv(channels, (kernel,) * 2, stride, ((padding, padding),) * 2, dtype=jnp.dtype(self.dtype), name=name,
-                    conv_general_dilated=layers.convolve)
+                    conv_general_dilated=convolve)
             for name, channels, kernel, stride, padding, _ in convolutions
         ]
         self.heads = [nn.Conv(1, (1, 1), use_bias=False, name=f"lin{i}_model_1") for i in range(5)]

@@ -1,0 +1,34 @@
+"""Which way a convolution is computed; the results are those of `jax.lax`, but for rounding."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_diffusion.models import winograd
+from latent_diffusion.models.products import multiply
+
+
+def convolve(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding: Sequence[tuple[int, int]], *,
+    precision: Any = None, **options: Any,
+) -> jax.Array:
+    """`lax.conv_general_dilated`, but on a CPU `winograd` where it is faster, and everywhere a product where that is
+    what it amounts to. With the patches of a picture that is hardly larger than the kernel: on the coarsest 2x2 level
+    of LDM-8, XLA exchanges picture and kernel, and its CPU code then takes 11 times as long; on 4x4 pixels it takes 1.3
+    (jax 0.10) to 2.5 times (0.12) as long. With each pixel for a 1x1 kernel, which XLA's CPU convolution does not share
+    out between threads."""
+    if {*kernel.shape[:-2], *strides} == {1} and not np.any(padding):
+        return multiply(x, kernel.reshape(kernel.shape[-2:]), precision=precision)
+    if winograd.pays(x, kernel, strides, padding):
+        return winograd.winograd(x, kernel)
+    if x.shape[1] * x.shape[2] >= 2 * kernel.shape[0] * kernel.shape[1]:
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, precision=precision, **options)
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    rows, columns = (
+        [slice(i, i + side - size + 1, stride) for i in range(size)]
+        for side, size, stride in zip(x.shape[1:3], kernel.shape[:2], strides, strict=True))
+    patches = jnp.concatenate([x[:, row, column] for row in rows for column in columns], axis=-1)
+    return multiply(patches, kernel.reshape(-1, kernel.shape[-1]), precision=precision)
