@@ -10,7 +10,7 @@ from etils import epath
 # Kinds of work, by what an operation's name (scopes and modules, then the primitive) holds; the first that fits.
 KINDS = {
     "optimizer and EMA": r"/(optimizer|ema)/",
-    "convolutions": r"conv_general_dilated|winograd",
+    "convolutions": r"conv_general_dilated|winograd|/patches/",
     "attention": r"/attention/",
     "norms": r"/(in_layers_0|out_layers_0|out_0|norm\w*)/",
     "products": r"dot_general",

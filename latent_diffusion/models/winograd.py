@@ -36,7 +36,7 @@ def pays(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Seque
     _, height, width, channels = x.shape
     features, pixels = kernel.shape[-1], height * width
     return (min(channels, features) >= 32 and pixels * channels * features >= LEAST_WORK
-            and channels * features <= 4096 * pixels and pixels * max(channels, features) <= MOST_ENTRIES)
+            and channels * features <= 8192 * pixels and pixels * max(channels, features) <= MOST_ENTRIES)
 
 
 # Gradients need the 16 tiled arrays of the input again. They are four times as large as the input, so they are made

@@ -18,7 +18,7 @@ from latent_diffusion.errors import choose
 from latent_diffusion.models.discriminator import PatchDiscriminator
 from latent_diffusion.models.perceptual import LPIPS
 from latent_diffusion.parallel import AXIS, mean_over_devices, sum_over_devices
-from latent_diffusion.training.optimizer import accumulate, update_ema
+from latent_diffusion.training.optimizer import accumulate, gradient_norm, update_ema
 from latent_diffusion.training.state import AutoencoderTrainState
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def train_step(
         params = optax.apply_updates(state.params, updates)
     with jax.named_scope("ema"):
         ema_params, ema_metrics = update_ema(state.ema_params, params, state.step + 1, config.ema)
-    metrics |= ema_metrics | {"grad_norm": optax.tree.norm(gradients)}
+    metrics |= ema_metrics | {"grad_norm": gradient_norm(gradients)}
 
     disc_params, disc_opt_state = state.disc_params, state.disc_opt_state
     if uses_discriminator(config):
@@ -221,7 +221,7 @@ def train_step(
                 disc_params, stats, piece, disc_key, params=params, step=state.step, models=models, config=config),
             disc_stats, batch, pieces)
         disc_gradients, disc_metrics = mean_over_devices((disc_gradients, disc_metrics))
-        metrics |= disc_metrics | {"disc_grad_norm": optax.tree.norm(disc_gradients)}
+        metrics |= disc_metrics | {"disc_grad_norm": gradient_norm(disc_gradients)}
         with jax.named_scope("optimizer"):
             updates, disc_opt_state = disc_tx.update(disc_gradients, disc_opt_state, disc_params)
             disc_params = optax.apply_updates(disc_params, updates)

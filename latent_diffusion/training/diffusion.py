@@ -18,7 +18,7 @@ from latent_diffusion.conditions import SEQUENCES
 from latent_diffusion.diffusion import process
 from latent_diffusion.models.conditioning import HybridConditioner
 from latent_diffusion.parallel import mean_over_devices, sum_over_devices
-from latent_diffusion.training.optimizer import accumulate, update_ema
+from latent_diffusion.training.optimizer import accumulate, gradient_norm, update_ema
 from latent_diffusion.training.state import TrainState
 
 # Batch keys that hold a condition y. Those with a null value (in `frozen["null"]`) are dropped in training, with the
@@ -209,7 +209,7 @@ def train_step(
         params = optax.apply_updates(state.params, updates)
     with jax.named_scope("ema"):
         ema_params, ema_metrics = update_ema(state.ema_params, params, state.step + 1, config.ema)
-    metrics |= ema_metrics | {"grad_norm": optax.tree.norm(gradients)}
+    metrics |= ema_metrics | {"grad_norm": gradient_norm(gradients)}
     return state.replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state), metrics
 
 

@@ -72,6 +72,12 @@ def kernels_as_matrices(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
+def gradient_norm(gradients: Any) -> Float[Array, ""]:
+    """The global norm, as a metric. Of gradients behind a barrier, because XLA's CPU code would store the squares of
+    all of them to use them in Adam too, and the optimizer's part of a step would take twice as long."""
+    return optax.tree.norm(jax.lax.optimization_barrier(gradients))
+
+
 def ema_decay(step: Int[Array, ""], decay: float, warmup: bool) -> Float[Array, ""]:
     """Decay of the update after step number `step` (from 1): ``min(decay, (1 + n) / (10 + n))`` while warming up
     (the reference's LitEma counts n before using it)."""

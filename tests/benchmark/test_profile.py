@@ -9,6 +9,7 @@ import pytest
 
 from latent_diffusion.benchmark import profile
 from latent_diffusion.models.attention import attention
+from latent_diffusion.models.convolution import convolve
 from latent_diffusion.models.winograd import winograd
 
 PROGRAM = """
@@ -43,6 +44,7 @@ def test_kinds_of_work(tmp_path):
 @pytest.mark.parametrize("kind, function, shapes", [
     ("attention", lambda q: attention(q, q, q), [(1, 64, 2, 8)]),
     ("convolutions", winograd, [(1, 16, 16, 16), (3, 3, 16, 16)]),
+    ("convolutions", lambda x, kernel: convolve(x, kernel, (1, 1), [(1, 1), (1, 1)]), [(1, 8, 8, 16), (3, 3, 16, 64)]),
 ])
 def test_a_real_trace(tmp_path, kind, function, shapes):
     inputs = [jnp.ones(shape) for shape in shapes]

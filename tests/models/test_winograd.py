@@ -61,6 +61,7 @@ def test_it_counts_as_the_convolution_that_it_is():
 @pytest.mark.parametrize("shape, features, change, expected", [
     ((1, 32, 32, 64), 64, {}, True),
     ((4, 8, 8, 512), 512, {}, True),
+    ((4, 8, 8, 1024), 384, {}, True),
     ((4, 8, 8, 768), 768, {}, False),  # transforming the kernel takes longer
     ((1, 16, 16, 64), 64, {}, False),  # not worth compiling
     ((1, 256, 256, 3), 128, {}, False),

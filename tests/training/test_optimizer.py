@@ -1,8 +1,11 @@
 """Learning rates, optimizers, EMA and accumulation against closed forms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny_runs
 
@@ -69,6 +72,19 @@ def test_clipping_by_global_norm():
     grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
     updates, _ = tx.update(grads, tx.init(grads), grads)
     np.testing.assert_allclose([updates["a"][0], updates["b"][0]], [-0.6, -0.8], rtol=1e-6)
+
+
+def test_norm_of_gradients_stores_no_squares():
+    tx, params = optimizer.create(config(name="adamw", clip_norm=0.0)), {"kernel": jnp.ones((512, 512))}
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, gradients):
+        updates, opt_state = tx.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, optimizer.gradient_norm(gradients)
+
+    compiled = step.lower(params, tx.init(params), params).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < params["kernel"].nbytes / 2
+    assert float(compiled(params, tx.init(params), {"kernel": 2 * jnp.ones((512, 512))})[2]) == pytest.approx(1024)
 
 
 def test_ema_decay_warms_up():
