@@ -75,7 +75,7 @@ def test_clipping_by_global_norm():
 
 
 def test_norm_of_gradients_stores_no_squares():
-    tx, params = optimizer.create(config(name="adamw", clip_norm=0.0)), {"kernel": jnp.ones((512, 512))}
+    tx, params = optimizer.create(config(name="adamw", clip_norm=0.0, b1=0.9)), {"kernel": jnp.ones((512, 512))}
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt_state, gradients):
