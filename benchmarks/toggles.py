@@ -18,7 +18,7 @@ from latent_diffusion import config as config_lib
 from latent_diffusion import parallel
 from latent_diffusion.benchmark import __main__ as benchmark
 from latent_diffusion.benchmark import workloads
-from latent_diffusion.models import attention, convolution, layers, winograd
+from latent_diffusion.models import attention, convolution, layers, perceptual, winograd
 from latent_diffusion.training import autoencoder, diffusion
 
 
@@ -41,7 +41,8 @@ WITHOUT = {  # what is replaced: (where, name, by what)
     "Winograd's convolutions": [(winograd, "pays", lambda *arguments: False)],
     "the gradient of attention head by head": [(attention, "LARGE", 2**62)],
     "products on two axes": [(module, "multiply", plain_product) for module in (layers, convolution, winograd)],
-    "products for 1x1 kernels and small pictures": [(layers, "convolve", without_products)],
+    "products for 1x1 kernels and small pictures": [(module, "convolve", without_products)
+                                                    for module in (layers, perceptual)],
     "leaving out the mean over one device": [(module, "mean_over_devices", always_mean)
                                              for module in (autoencoder, diffusion)],
 }

@@ -1,5 +1,6 @@
 """Which way a convolution is computed; the results are those of `jax.lax`, but for rounding."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,17 +18,18 @@ def convolve(
 ) -> jax.Array:
     """`lax.conv_general_dilated`, but on a CPU `winograd` where it is faster, and everywhere a product where that is
     what it amounts to: with each pixel for a 1x1 kernel, which XLA's CPU convolution does not share out between
-    threads, and with the patches of small pictures (`_as_patches`)."""
+    threads, and with the patches of small pictures (`_patches_pay`)."""
     if {*kernel.shape[:-2], *strides} == {1} and not np.any(padding):
         return multiply(x, kernel.reshape(kernel.shape[-2:]), precision=precision)
     if winograd.pays(x, kernel, strides, padding):
         return winograd.winograd(x, kernel)
-    padded = [low + side + high for side, (low, high) in zip(x.shape[1:3], padding, strict=True)]
-    rows, columns = (
-        [slice(i, i + side - size + 1, stride) for i in range(size)]
-        for side, size, stride in zip(padded, kernel.shape[:2], strides, strict=True))
-    if not _patches_pay(x, kernel, len(range(padded[0])[rows[0]]) * len(range(padded[1])[columns[0]])):
+    lengths = [(low + side + high - size) // stride + 1 for side, (low, high), size, stride in zip(
+        x.shape[1:3], padding, kernel.shape[:2], strides, strict=True)]
+    if not _patches_pay(x, kernel, math.prod(lengths)):
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, precision=precision, **options)
+    rows, columns = (
+        [slice(i, i + stride * (length - 1) + 1, stride) for i in range(size)]
+        for length, size, stride in zip(lengths, kernel.shape[:2], strides, strict=True))
     with jax.named_scope("patches"):  # for profiles
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
         patches = jnp.concatenate([x[:, row, column] for row in rows for column in columns], axis=-1)

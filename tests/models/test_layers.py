@@ -236,20 +236,22 @@ def test_unknown_names_list_the_choices():
         layers.compute_dtype("float16")
 
 
+@pytest.mark.parametrize("features", [5, 32])
 @pytest.mark.parametrize("side, kernel, stride, padding", [
     (2, 3, 1, ((1, 1), (1, 1))), (1, 3, 1, ((1, 1), (1, 1))), (2, 3, 2, ((0, 1), (0, 1))), (2, 4, 2, ((1, 1), (1, 1))),
     (4, 3, 2, ((1, 1), (1, 1))), (5, 3, 1, ((1, 1), (1, 1))), (3, 1, 1, ((0, 0), (0, 0))), (3, 1, 1, ((1, 1), (1, 1))),
     (3, 1, 2, ((0, 0), (0, 0))), (8, 3, 1, ((1, 1), (1, 1))), (16, 3, 2, ((0, 1), (0, 1))),
     (16, 4, 2, ((1, 1), (1, 1)))])
-def test_convolutions_as_products_are_the_plain_ones(side, kernel, stride, padding):
+def test_convolutions_as_products_are_the_plain_ones(side, kernel, stride, padding, features):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, side, side, 3)), jnp.float32)
-    weights = jnp.asarray(rng.standard_normal((kernel, kernel, 3, 32)), jnp.float32)
-    traced = jax.make_jaxpr(lambda *inputs: layers.convolve(*inputs, (stride, stride), padding))(x, weights)
-    assert "conv_general_dilated" not in str(traced)
-    plain = jax.lax.conv_general_dilated(
-        x, weights, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    ours = layers.convolve(x, weights, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    weights = jnp.asarray(rng.standard_normal((kernel, kernel, 3, features)), jnp.float32)
+    arguments = ((stride, stride), padding)
+    layout = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    plain = jax.lax.conv_general_dilated(x, weights, *arguments, **layout)
+    traced = jax.make_jaxpr(lambda *inputs: layers.convolve(*inputs, *arguments, **layout))(x, weights)
+    assert "conv_general_dilated" not in str(traced) or features < 32
+    ours = layers.convolve(x, weights, *arguments, **layout)
     np.testing.assert_allclose(ours, plain, atol=1e-5)
 
 
