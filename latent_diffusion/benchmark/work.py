@@ -29,23 +29,26 @@ class Work:
     parameters: int = 0
 
 
-def shapes_of(config: Any, number: int, *, cached: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of `number` examples as the data code makes it for `config`; if cached, with ``latent_mean`` and
-    ``latent_std`` instead of the picture."""
+def shapes_of(
+    config: Any, number: int, *, cached: bool = False, compact: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of `number` examples as the data code makes it for `config`, compact or not; if cached, with
+    ``latent_mean`` and ``latent_std`` instead of the picture."""
     size, channels = config.data.image_size, config.data.channels
-    shapes = {"index": ((), jnp.int32), "image": ((size, size, channels), jnp.float32)}
+    picture, moments = (jnp.uint8, jnp.float16) if compact else (jnp.float32, jnp.float32)
+    shapes = {"index": ((), jnp.int32), "image": ((size, size, channels), picture)}
     if config.stage == "diffusion":
         options, side = config.conditioning, config.model.image_size
         low = size // options.low_res.factor
         every = {
             "tokens": ((options.text.max_length,), jnp.int32), "label": ((), jnp.int32),
             "layout": ((options.layout.max_length,), jnp.int32), "vectors": ((1, options.width), jnp.float32),
-            "segmentation": ((size, size), jnp.int32), "low_res": ((low, low, channels), jnp.float32),
+            "segmentation": ((size, size), jnp.int32), "low_res": ((low, low, channels), picture),
             "image": shapes["image"], "mask": ((size, size, 1), jnp.float32)}
         fields = (*request.condition_fields(config), *request.map_fields(config))
         shapes |= {name: every[name] for name in fields}
         if cached:
-            latent = ((side, side, sizes.latent_channels(config)), jnp.float16)
+            latent = ((side, side, sizes.latent_channels(config)), moments)
             shapes |= {"latent_mean": latent, "latent_std": latent}
             if "image" not in fields:
                 shapes.pop("image")

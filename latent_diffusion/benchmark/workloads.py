@@ -18,6 +18,7 @@ from latent_diffusion.models.perceptual import LPIPS
 from latent_diffusion.training import autoencoder as stage1
 from latent_diffusion.training import diffusion as stage2
 from latent_diffusion.training import optimizer
+from latent_diffusion.training.batch import as_floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,11 @@ class Workload:
     waited: list[float] = dataclasses.field(default_factory=list)
 
 
-def inputs(config: Any, batch_size: int, *, cached: bool = False) -> dict[str, np.ndarray]:
-    """This process's part of a random batch of `batch_size`: images in [-1, 1], numbers of classes and tokens."""
+def inputs(config: Any, batch_size: int, **options: bool) -> dict[str, np.ndarray]:
+    """This process's part of a random batch of `batch_size`: images in [-1, 1], numbers of classes and tokens.
+
+    options: of `work.shapes_of`: cached, compact.
+    """
     rng, number = np.random.default_rng(jax.process_index()), batch_size // jax.process_count()
     classes = {"label": lambda: config.conditioning.num_classes, "tokens": lambda: config.conditioning.text.vocab_size,
                "layout": lambda: config.conditioning.layout.vocab_size,
@@ -54,17 +58,19 @@ def inputs(config: Any, batch_size: int, *, cached: bool = False) -> dict[str, n
             return rng.integers(classes[name](), size=shape.shape, dtype=np.int32)
         if name == "mask":
             return (rng.random(shape.shape) > 0.5).astype(np.float32)
+        if shape.dtype == np.uint8:
+            return rng.integers(256, size=shape.shape, dtype=np.uint8)
         x = rng.uniform(-1, 1, shape.shape).astype(shape.dtype)
         return np.abs(x) if name == "latent_std" else x
 
-    return {name: draw(name, shape) for name, shape in work_lib.shapes_of(config, number, cached=cached).items()}
+    return {name: draw(name, shape) for name, shape in work_lib.shapes_of(config, number, **options).items()}
 
 
 def train(config: Any, batch_size: int, *, cached: bool) -> Workload:
     """A training step of either stage; of stage 2 on cached latents, or on pictures that it encodes."""
     work = work_lib.of(config)
     step, state, frozen = (_stage1 if config.stage == "autoencoder" else _stage2)(config, cached, batch_size)
-    batch, key = parallel.shard(inputs(config, batch_size, cached=cached)), jax.random.key(0)
+    batch, key = parallel.shard(inputs(config, batch_size, cached=cached, compact=True)), jax.random.key(0)
     return Workload(
         step, (state, frozen, batch, key), lambda arguments, result: (result[0], *arguments[1:]),
         lambda result: result[1], batch_size, batch_size * work_lib.of_step(config, work, cached=cached),
@@ -102,11 +108,11 @@ def _first_stage(config: Any, networks: models.Models) -> dict:
 
 def code(config: Any, batch_size: int, *, decode: bool) -> Workload:
     """The first stage's encoder, as it writes a cache of latents; or its decoder, to pictures of 8 bits."""
-    networks, work, x = models.build(config), work_lib.of(config), inputs(config, batch_size)["image"]
+    networks, work, x = models.build(config), work_lib.of(config), inputs(config, batch_size, compact=True)["image"]
     params = parallel.replicate(_first_stage(config, networks))
 
     def encode(params: Any, batch: dict) -> Any:
-        return stage2.posterior(networks, params, batch["x"])
+        return stage2.posterior(networks, params, as_floats(batch)["x"])
 
     def to_pictures(params: Any, batch: dict) -> Any:
         return programs.to_uint8(networks.first_stage.apply({"params": params}, batch["x"], method="decode"))

@@ -24,6 +24,7 @@ def batches(
     fields: Sequence[str] = ("image",),
     source: sources.Source | None = None,
     batch_size: int | None = None,
+    compact: bool = False,
 ) -> "Batches":
     """The batches of one process.
 
@@ -42,6 +43,8 @@ def batches(
         stands for its latents.
       source: an opened source; opened from config.data if None.
       batch_size: global; config.training.batch_size if None.
+      compact: pictures stay uint8 and cached latents float16, a quarter and half of the bytes to hand from workers and
+        to send to devices; see `training.batch.as_floats`.
 
     Returns:
       An iterator of dicts of arrays, B = batch_size / process_count:
@@ -75,7 +78,7 @@ def batches(
         raise UserError(f"{source.where} is empty")
     stream = _stream(config, source, fields, split, batch_size, process_index, process_count)
     max_length = config.conditioning.text.max_length if "tokens" in fields else 0
-    stream = stream.map(_Collate(tuple(fields), vocabulary if "tokens" in fields else None, max_length))
+    stream = stream.map(_Collate(tuple(fields), vocabulary if "tokens" in fields else None, max_length, compact))
     return Batches(stream, start_step, threads=config.data.threads, workers=config.data.workers)
 
 
@@ -194,8 +197,8 @@ def _transformed(element: dict[str, Any], transform, view: transforms.View, task
 class _Collate(grain.transforms.Map):
     """List of examples -> dict of arrays with the wanted fields."""
 
-    def __init__(self, fields: tuple[str, ...], vocabulary: Tokenizer | None, max_length: int):
-        self._fields, self._vocabulary, self._max_length = fields, vocabulary, max_length
+    def __init__(self, fields: tuple[str, ...], vocabulary: Tokenizer | None, max_length: int, compact: bool):
+        self._fields, self._vocabulary, self._max_length, self._compact = fields, vocabulary, max_length, compact
 
     def map(self, element: list[dict[str, Any]]) -> dict[str, np.ndarray]:
         def column(key):
@@ -207,9 +210,9 @@ class _Collate(grain.transforms.Map):
         if "image" in self._fields:
             images = column("image")
             if isinstance(images[0], dict):  # latents
-                batch |= {key: np.stack([image[key] for image in images]).astype(np.float32) for key in images[0]}
+                batch |= {key: np.stack([image[key] for image in images]) for key in images[0]}
             else:
-                batch["image"] = transforms.to_float(np.stack(images))
+                batch["image"] = np.stack(images)
         if "label" in self._fields:
             batch["label"] = np.asarray(column("label"), np.int32)
         if "tokens" in self._fields:
@@ -220,4 +223,11 @@ class _Collate(grain.transforms.Map):
             batch["caption"][:] = captions
             if isinstance(captions[0], str):
                 batch["caption"] = batch["caption"].astype(str)
-        return batch | {key: tasks.collate(key, column(key)) for key in self._fields if key in tasks.FIELDS}
+        batch |= {key: tasks.collate(key, column(key)) for key in self._fields if key in tasks.FIELDS}
+        return batch if self._compact else {key: _as_floats(x) for key, x in batch.items()}
+
+
+def _as_floats(x: np.ndarray) -> np.ndarray:
+    if x.dtype == np.uint8:
+        return transforms.to_float(x)
+    return x.astype(np.float32) if x.dtype == np.float16 else x

@@ -66,9 +66,6 @@ def make_task(config: Any, fields: Sequence[str], transform: Any) -> Task | None
 
 
 def collate(name: str, values: list[np.ndarray]) -> np.ndarray:
-    """A batch of one field: low_res float32 (B, h, w, c) in [-1, 1]; mask float32 (B, H, W, 1), 1 = to be painted;
-    segmentation int32 (B, H, W); layout int32 (B, l)."""
-    stacked = np.stack(values)
-    if name == "low_res":
-        return transforms.to_float(stacked)
-    return stacked.astype(np.float32 if name == "mask" else np.int32)
+    """A batch of one field: low_res uint8 (B, h, w, c); mask float32 (B, H, W, 1), 1 = to be painted; segmentation
+    int32 (B, H, W); layout int32 (B, l)."""
+    return np.stack(values).astype({"low_res": np.uint8, "mask": np.float32}.get(name, np.int32))

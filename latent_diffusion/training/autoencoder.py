@@ -18,6 +18,7 @@ from latent_diffusion.errors import choose
 from latent_diffusion.models.discriminator import PatchDiscriminator
 from latent_diffusion.models.perceptual import LPIPS
 from latent_diffusion.parallel import AXIS, mean_over_devices, sum_over_devices
+from latent_diffusion.training.batch import as_floats
 from latent_diffusion.training.optimizer import accumulate, gradient_norm, update_ema
 from latent_diffusion.training.state import AutoencoderTrainState
 
@@ -189,13 +190,14 @@ def train_step(
     Args:
       state: replicated.
       frozen: ``{"lpips": ...}`` unless the perceptual loss is off.
-      batch: ``image`` (b, h, w, c) in [-1, 1] and ``index`` (b,), this device's part.
+      batch: ``image`` (b, h, w, c) in [-1, 1] or uint8 and ``index`` (b,), this device's part.
       rng: the run's key; folded with the step and each example's index.
       models, schedule, tx, config: static; tx = (autoencoder's, discriminator's); schedule is unused (None).
 
     Returns:
       The new state and a dict of scalars, equal on all devices.
     """
+    batch = as_floats(batch)
     generator_key, disc_key = jax.random.split(jax.random.fold_in(rng, state.step))
     generator_tx, disc_tx = tx
     pieces = config.training.accumulate
@@ -237,6 +239,7 @@ def create_state(state: None, frozen: dict, batch: dict, rng: Key[Array, ""], *,
     """The state at step 0, inside a pmapped call: ActNorm's data-dependent parameters come from the first batch of
     all devices. Returns ``(state, {})``."""
     model_key, disc_key, sample_key = jax.random.split(rng, 3)
+    batch = as_floats(batch)
     x = batch["image"]
     autoencoder = models.first_stage.init(model_key, x[:1], None)["params"]
     params = {"autoencoder": autoencoder, "logvar": jnp.asarray(config.training.loss.logvar_init, jnp.float32)}
@@ -273,7 +276,7 @@ def eval_step(params: Any, frozen: dict, batch: dict, rng: Key[Array, ""], *, mo
     """Sums over the valid images of all devices (``valid`` 1): PSNR, LPIPS and L1 of `reconstruct_mode`, moments of
     the latents, and the ``count`` of images."""
     del rng
-    x, valid = batch["image"], batch["valid"]
+    x, valid = as_floats(batch)["image"], batch["valid"]
     x_rec, z = reconstruct_mode(params["autoencoder"], x, models=models, config=config)
     values = {"psnr": psnr(x, x_rec), "l1": jnp.mean(jnp.abs(x - x_rec), axis=(1, 2, 3)),
               "latent_mean": jnp.mean(z, axis=(1, 2, 3)), "latent_square": jnp.mean(z**2, axis=(1, 2, 3))}

@@ -18,6 +18,7 @@ from latent_diffusion.conditions import SEQUENCES
 from latent_diffusion.diffusion import process
 from latent_diffusion.models.conditioning import HybridConditioner
 from latent_diffusion.parallel import mean_over_devices, sum_over_devices
+from latent_diffusion.training.batch import as_floats
 from latent_diffusion.training.optimizer import accumulate, gradient_norm, update_ema
 from latent_diffusion.training.state import TrainState
 
@@ -135,6 +136,7 @@ def loss_and_metrics(
 ) -> tuple[Float[Array, ""], dict]:
     """The loss of one batch: draws the posterior sample, t, eps and the dropped conditions by example."""
     latent_key, t_key, eps_key, drop_key, dropout_key = jax.random.split(key, 5)
+    batch = as_floats(batch)
     index, options = batch["index"], config.diffusion
     z_0 = scale_factor * latents(models, frozen.get("first_stage"), batch, latent_key)
     t = keys.integers(t_key, index, schedule.timesteps)
@@ -187,7 +189,7 @@ def train_step(
       frozen: ``first_stage`` parameters (unless latents are cached), ``null``, the null condition of each kind, and
         ``conditioner``, the part of tau_theta that is not trained.
       batch: this device's part: ``image`` or ``latent_mean`` and ``latent_std``, conditions (`condition`,
-        `condition_map`), and ``index`` (b,).
+        `condition_map`), and ``index`` (b,); pictures may be uint8, latents float16.
       rng: the run's key; folded with the step and each example's index.
       models, schedule, tx, config: static.
 
@@ -244,7 +246,7 @@ def create_state(rng: Key[Array, ""], *, models: Any, tx: optax.GradientTransfor
 def latent_moments(params: Any, frozen: dict, batch: dict, rng: Key[Array, ""], *, models: Any) -> dict:
     """Sums over all devices that give the latents' standard deviation: ``sum``, ``square``, ``count``."""
     del params
-    z = latents(models, frozen.get("first_stage"), batch, rng)
+    z = latents(models, frozen.get("first_stage"), as_floats(batch), rng)
     return sum_over_devices({"sum": jnp.sum(z), "square": jnp.sum(z**2), "count": jnp.asarray(float(z.size))})
 
 

@@ -15,6 +15,7 @@ from latent_diffusion.data import latents as latents_cache
 from latent_diffusion.data import loader
 from latent_diffusion.errors import UserError
 from latent_diffusion.training import diffusion as stage2
+from latent_diffusion.training.batch import as_floats
 
 SCALE_FACTOR_BATCHES = 8  # batches on which 1/std of the latents is measured
 
@@ -133,7 +134,7 @@ def cached_sources(
     Returns:
       The same dict, of sources of latents.
     """
-    encode = parallel.pmap_encode(lambda params, batch: stage2.posterior(networks, params, batch["image"]))
+    encode = parallel.pmap_encode(lambda params, batch: stage2.posterior(networks, params, as_floats(batch)["image"]))
 
     def encode_batch(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return parallel.gather(encode(frozen["first_stage"], parallel.shard({"image": image})))
@@ -145,7 +146,7 @@ def cached_sources(
         identity = cache_identity(config, frozen, source)
         if not latents_cache.is_complete(folder):
             stream = loader.batches(config, {"train": "train_once"}.get(split, split), fields=("image", *fields),
-                                    source=source, **processes)
+                                    source=source, compact=True, **processes)
             latents_cache.write_cache(folder, stream, encode_batch, identity, flips=config.data.flip,
                                       barrier=parallel.barrier, **processes)
         opened[split] = latents_cache.open_cache(folder, expected=identity)

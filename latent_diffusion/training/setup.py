@@ -35,13 +35,14 @@ class Data:
     vocabulary: conditions.Tokenizer | None = None
 
     def train(self, start_step: int) -> Iterator[dict]:
-        """This process's share of the endless, augmented stream, from a step on."""
+        """This process's share of the endless, augmented stream, from a step on, compact as the steps take it."""
         return self._batches("train", start_step=start_step, process_index=jax.process_index(),
-                             process_count=jax.process_count())
+                             process_count=jax.process_count(), compact=True)
 
     def evaluation(self) -> Iterator[dict]:
         """This process's share of one pass over the held-out set, at most ``evaluation.max_batches`` batches."""
-        stream = self._batches("eval", process_index=jax.process_index(), process_count=jax.process_count())
+        stream = self._batches("eval", process_index=jax.process_index(), process_count=jax.process_count(),
+                               compact=True)
         return itertools.islice(stream, self.config.evaluation.max_batches or None)
 
     def full_batches(self) -> Iterator[dict]:
@@ -50,7 +51,7 @@ class Data:
         return itertools.islice(self.evaluation(), max(1, full))
 
     def held_out(self) -> dict[str, np.ndarray]:
-        """A batch of the first ``evaluation.num_images`` held-out examples, in whatever process."""
+        """A batch of the first ``evaluation.num_images`` held-out examples, in whatever process, as floats."""
         number = min(self.config.evaluation.num_images, len(self.splits["eval"].source))
         return next(self._batches("eval", batch_size=number))
 
@@ -162,7 +163,7 @@ def autoencoder(config: Any, workdir: epath.Path, splits: Splits, vocabulary: No
     def shapes() -> Any:
         local = (jax.local_device_count(), config.training.batch_size // jax.device_count())
         size, channels = config.data.image_size, config.data.channels
-        batch = {"image": jax.ShapeDtypeStruct((*local, size, size, channels), np.float32),
+        batch = {"image": jax.ShapeDtypeStruct((*local, size, size, channels), np.uint8),
                  "index": jax.ShapeDtypeStruct(local, np.int32)}
         if perceptual != "none":  # it has a smallest picture
             one = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)

@@ -90,6 +90,9 @@ def test_batches_of_latents(config, tmp_path):
         assert sorted(epoch) == list(range(22))  # the same order as with images, every example once
     assert abs(mirrored - 220) < 4 * np.sqrt(110)
 
+    stored = next(loader.batches(config, "train", source=cache, compact=True))
+    assert stored["latent_mean"].dtype == stored["latent_std"].dtype == np.float16
+    np.testing.assert_array_equal(stored["latent_mean"], batches[0]["latent_mean"])
     resumed = next(loader.batches(config, "train", source=cache, fields=("image", "label"), start_step=37))
     np.testing.assert_array_equal(resumed["latent_mean"], batches[37]["latent_mean"])
     config.data.flip = False

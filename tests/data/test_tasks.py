@@ -89,6 +89,13 @@ def test_types_shapes_and_ranges(make_config, split):
     assert not set(bare) & set(tasks.FIELDS)
 
 
+def test_compact_batches_hold_the_same_bytes(make_config):
+    config = _config(make_config, **AUGMENTED)
+    for compact, floats in zip(_take(config, 2, compact=True), _take(config, 2), strict=True):
+        assert compact["image"].dtype == compact["low_res"].dtype == np.uint8
+        _assert_equal([compact | {name: transforms.to_float(compact[name]) for name in ("image", "low_res")}], [floats])
+
+
 @pytest.mark.parametrize("factor, channels", [(2, 3), (4, 1)])
 def test_the_small_picture_is_the_large_one_made_smaller(make_config, factor, channels):
     config = _config(make_config, channels=channels, **AUGMENTED)

@@ -8,6 +8,7 @@ import pytest
 import tiny_runs
 
 from latent_diffusion import keys, parallel
+from latent_diffusion.data import transforms
 from latent_diffusion.training import autoencoder as stage1
 
 REAL, FAKE = jnp.array([2.0, 0.5, -1.0]), jnp.array([-3.0, 0.25, 1.0])
@@ -97,11 +98,13 @@ def plain_generator_loss(params, state, batch, key, d_weight, networks, config):
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 def test_generator_step_is_the_gradient_of_the_plain_loss(kind):
-    """Plain SGD, so the parameters' change is the gradient; the oracle differentiates nll and g separately."""
+    """Plain SGD, so the parameters' change is the gradient; the oracle differentiates nll and g separately, and gets
+    floats where the step gets bytes."""
     config = tiny_runs.autoencoder_config(kind, kl_weight=1e-2, learn_logvar=kind == "kl")
     with config.unlocked():
         config.optimizer.learning_rate = 0.25  # large, so that float32 parameters hold the change exactly enough
     networks, batch = tiny_runs.networks(config), tiny_runs.image_batch()
+    floats = batch | {"image": transforms.to_float(batch["image"])}
     state, step = tiny_runs.autoencoder_run(config)
     before = jax.tree.map(jnp.asarray, parallel.to_host(state))
     after, [metrics] = tiny_runs.advance(state, step, batch, {}, 1)
@@ -121,7 +124,7 @@ def test_generator_step_is_the_gradient_of_the_plain_loss(kind):
         gradient = jax.grad(plain_generator_loss, has_aux=True)(
             before.params, before, batch, key, d_weight, networks, config)[0]
         return d_weight, jax.lax.pmean(gradient, parallel.AXIS)
-    d_weight, gradient = jax.pmap(oracle, axis_name=parallel.AXIS, out_axes=None)(parallel.shard(batch))
+    d_weight, gradient = jax.pmap(oracle, axis_name=parallel.AXIS, out_axes=None)(parallel.shard(floats))
 
     np.testing.assert_allclose(metrics["adaptive_weight"], d_weight, rtol=1e-4)
     for (path, found), expected in zip(jax.tree.leaves_with_path(change), jax.tree.leaves(gradient), strict=True):

@@ -1,6 +1,7 @@
 """Stage 2: the loss, what is drawn per example, conditioning, EMA, against numbers computed here in other words."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import tiny_runs
 
 from latent_diffusion import config as config_lib
 from latent_diffusion import keys, parallel
+from latent_diffusion.data import transforms
 from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.training import diffusion as stage2
 from latent_diffusion.training import optimizer
@@ -118,10 +120,26 @@ def test_scale_factor_is_one_over_std():
     assert float(std) == pytest.approx(2.5, rel=0.02)  # sqrt(2^2 + 1.5^2)
 
 
+def test_bytes_are_the_pictures_that_floats_are():
+    """Pictures and low-resolution pictures of 8 bits, with networks that hand on what they are given."""
+    config = tiny_runs.diffusion_config(conditioning=dict(crossattn="none", label=False, concat="low_res"))
+    networks = SimpleNamespace(first_stage=SimpleNamespace(apply=lambda variables, x, method: x),
+                               unet=SimpleNamespace(apply=lambda variables, z, t, concat, train: z * concat))
+    batch, rng = tiny_runs.image_batch(), np.random.default_rng(1)
+    batch["low_res"] = rng.integers(256, size=batch["image"].shape, dtype=np.uint8)
+    floats = batch | {name: transforms.to_float(batch[name]) for name in ("image", "low_res")}
+    static = dict(scale_factor=jnp.ones(()), models=networks, config=config, train=False,
+                  schedule=schedule_lib.from_config(config.diffusion))
+    found, expected = (stage2.loss_and_metrics(
+        {"unet": {}}, {}, jax.tree.map(jnp.asarray, every), jax.random.key(0), **static)[0]
+        for every in (batch, floats))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_online_encoding_equals_cached_posteriors():
     config = tiny_runs.diffusion_config(conditioning=dict(dropout=0.0))
     networks = tiny_runs.networks(config)
-    images = jnp.asarray(tiny_runs.image_batch()["image"])
+    images = jnp.asarray(transforms.to_float(tiny_runs.image_batch()["image"]))
     rng, shapes = np.random.default_rng(0), jax.eval_shape(networks.first_stage.init, jax.random.key(1), images[:1])
     first_stage = jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), shapes["params"])
     index = jnp.arange(8)
