@@ -159,13 +159,18 @@ def _compiled_at_first_call(call: Callable) -> Callable:
     def step(state: Any, frozen: Any, batch: Any, rng: Any) -> Any:
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(batch)):  # for its shapes
             return call(state, frozen, batch, rng)
-        if "program" not in kept:
-            kept["program"] = call.mapped.lower((state,), (frozen,), (batch,), (rng,)).compile()
+        _, program = ahead(state, frozen, batch, rng)
         if kept.get("given") is not frozen:
             kept.update(given=frozen, frozen=_of_all_processes(frozen))
         state, batch = _of_all_processes(state), _of_all_processes(batch, AXIS)
-        return kept["program"]((state,), (kept["frozen"],), (batch,), (rng,))
+        return program((state,), (kept["frozen"],), (batch,), (rng,))
 
+    def ahead(*arguments: Any) -> tuple[Callable, Any]:
+        if "program" not in kept:
+            _, kept["program"] = call.ahead(*arguments)
+        return step, kept["program"]
+
+    step.ahead = ahead
     return step
 
 
@@ -203,15 +208,19 @@ def _pmap(function: Callable, static: dict[str, Any], in_axes: tuple, **options:
     def call(*arguments: Any) -> Any:
         return mapped(*((argument,) for argument in arguments))
 
-    call.mapped = mapped
+    def ahead(*arguments: Any) -> tuple[Callable, Any]:
+        program = mapped.lower(*((argument,) for argument in arguments)).compile()
+        return lambda *arguments: program(*((argument,) for argument in arguments)), program
+
+    call.ahead = ahead
     return call
 
 
 def compile_ahead(call: Callable, *arguments: Any) -> tuple[Callable, Any]:
     """What a `pmap_...` function does with arguments such as these, compiled now: to be called like it, and the
-    compiled program (its `as_text`, `memory_analysis`). In one process only."""
-    compiled = call.mapped.lower(*((argument,) for argument in arguments)).compile()
-    return lambda *arguments: compiled(*((argument,) for argument in arguments)), compiled
+    compiled program (its `as_text`, `memory_analysis`). With several processes, of `pmap_step` and of functions on this
+    process's devices alone."""
+    return call.ahead(*arguments)
 
 
 def collectives(text: str) -> list[tuple[str, int]]:

@@ -46,38 +46,30 @@ def measure(workload: Workload, *, warmup: int, steps: int, profile: str = "") -
     The host is at most one step ahead of the devices and reads nothing else from them, and the clock stops when the
     last step has ended. With `profile`, a folder, three more steps are traced for TensorBoard or Perfetto.
     """
-    run, program, compile_seconds = _compiled(workload)
+    compiling = time.perf_counter()
+    run, program = parallel.compile_ahead(workload.call, *workload.arguments)
+    compile_seconds = time.perf_counter() - compiling
     arguments, _ = _repeat(workload, run, workload.arguments, warmup)
     started = time.perf_counter()
     arguments, ends = _repeat(workload, run, arguments, steps)
     seconds = ends[-1] - started
     shares = _profile(workload, run, arguments, program, profile) if profile else None
     peak = flops.peak(jax.devices()[0].device_kind)
-    exchanged = parallel.collectives(program.as_text()) if program and jax.device_count() > 1 else None
+    exchanged = parallel.collectives(program.as_text()) if jax.device_count() > 1 else None
     return Result(
         images_per_second=workload.images * steps / seconds, seconds=seconds, **_of_steps(started, ends),
         batch_size=workload.images, parameters=workload.parameters, model_flops=workload.flops,
         utilization=peak and workload.flops * steps / seconds / (peak * jax.device_count()),
-        memory_bytes=program and _memory(program), compile_seconds=compile_seconds,
+        memory_bytes=_memory(program), compile_seconds=compile_seconds,
         wait_share=sum(workload.waited[-steps:]) / seconds if workload.waited else None,
         collectives=None if exchanged is None else len(exchanged),
         collective_bytes=None if exchanged is None else sum(size for _, size in exchanged), shares=shares)
 
 
-def _compiled(workload: Workload) -> tuple[Callable, Any, float | None]:
-    """The call, its program, and how long compiling took. With several processes a pmapped call is compiled when it is
-    called, and there is no program to be had."""
-    if jax.process_count() > 1:
-        return workload.call, None, None
-    started = time.perf_counter()
-    run, program = parallel.compile_ahead(workload.call, *workload.arguments)
-    return run, program, time.perf_counter() - started
-
-
-def _profile(workload: Workload, run: Callable, arguments: tuple, program: Any, folder: str) -> dict | None:
+def _profile(workload: Workload, run: Callable, arguments: tuple, program: Any, folder: str) -> dict[str, float]:
     with jax.profiler.trace(folder):
         _repeat(workload, run, arguments, 3)
-    return program and profile_lib.by_kind(folder, program.as_text())
+    return profile_lib.by_kind(folder, program.as_text())
 
 
 def _repeat(workload: Workload, run: Callable, arguments: tuple, steps: int) -> tuple[tuple, list[float]]:

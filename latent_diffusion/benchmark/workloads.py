@@ -121,7 +121,7 @@ def code(config: Any, batch_size: int, *, decode: bool) -> Workload:
         side, channels = config.data.image_size // networks.first_stage.factor, networks.first_stage.latent_channels
         x = np.random.default_rng(0).normal(size=(len(x), side, side, channels)).astype(np.float32)
     return Workload(
-        parallel.pmap_encode(to_pictures if decode else encode), (params, parallel.shard({"x": x})),
+        parallel.pmap_local(to_pictures if decode else encode), (params, parallel.shard({"x": x})),
         lambda arguments, result: arguments, lambda result: result, batch_size,
         batch_size * (work.decoder if decode else work.encoder), sum(p.size for p in jax.tree.leaves(params)))
 

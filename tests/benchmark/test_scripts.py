@@ -1,7 +1,9 @@
-"""The scripts in benchmarks/ run; what they print is for the documents."""
+"""The scripts in benchmarks/ run, what they print is for the documents; and the benchmark with two processes."""
 
 import os
 import pathlib
+import re
+import socket
 import subprocess
 import sys
 
@@ -22,3 +24,20 @@ def test_script_runs(command, said):
         env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert said in done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes():
+    """Gradients go from one to the other, and the first alone prints the table."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    both = [subprocess.Popen(
+        [sys.executable, "-m", "latent_diffusion.benchmark", "--config", "configs/ldm_unconditional.py:smoke",
+         "--batch_size=2", "--warmup=1", "--measured=2"], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COORDINATOR_ADDRESS": address,
+             "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)}) for i in range(2)]
+    (first, _), (second, _) = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    parameters, exchanged = re.search(r"([\d.]+)M +2 .* ([\d.]+) MiB", first).groups()
+    assert float(exchanged) == pytest.approx(4 * float(parameters) * 1e6 / 2**20, rel=0.1) and "MiB" not in second
