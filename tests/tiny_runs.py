@@ -60,8 +60,8 @@ def image_batch(batch: int = BATCH) -> dict[str, np.ndarray]:
 def latent_batch(batch: int = BATCH) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
     shape = (batch, SIZE // 2, SIZE // 2, 3)
-    return {"latent_mean": rng.standard_normal(shape).astype(np.float32),
-            "latent_std": rng.uniform(0.1, 0.2, shape).astype(np.float32),
+    return {"latent_mean": rng.standard_normal(shape).astype(np.float16),
+            "latent_std": rng.uniform(0.1, 0.2, shape).astype(np.float16),
             "tokens": rng.integers(4, 50, (batch, 8)).astype(np.int32),
             "label": rng.integers(0, 5, batch).astype(np.int32),
             "index": np.arange(100, 100 + batch, dtype=np.int32)}

@@ -158,6 +158,8 @@ def row_of(name: str, config: Any, **more: Any) -> dict[str, Any]:
         if _MODE.value == "train":
             more["cached"] = is_cached(config)
         folder = epath.Path(_PROFILE.value) / re.sub(r"\W+", "_", name) if _PROFILE.value else ""
+        if folder and jax.process_count() > 1:
+            folder /= f"process{jax.process_index()}"
         return more | dataclasses.asdict(measure.measure(workload(config, stream), profile=str(folder), **steps))
     except UserError as error:
         return more | {"error": " ".join(str(error).split())}

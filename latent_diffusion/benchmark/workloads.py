@@ -41,11 +41,9 @@ class Workload:
     waited: list[float] = dataclasses.field(default_factory=list)
 
 
-def inputs(config: Any, batch_size: int, **options: bool) -> dict[str, np.ndarray]:
-    """This process's part of a random batch of `batch_size`: images in [-1, 1], numbers of classes and tokens.
-
-    options: of `work.shapes_of`: cached, compact.
-    """
+def inputs(config: Any, batch_size: int, *, cached: bool = False, compact: bool = False) -> dict[str, np.ndarray]:
+    """This process's part of a random batch of `batch_size`, cached and compact as in `work.shapes_of`: images in
+    [-1, 1] or bytes, numbers of classes and tokens."""
     rng, number = np.random.default_rng(jax.process_index()), batch_size // jax.process_count()
     classes = {"label": lambda: config.conditioning.num_classes, "tokens": lambda: config.conditioning.text.vocab_size,
                "layout": lambda: config.conditioning.layout.vocab_size,
@@ -63,7 +61,8 @@ def inputs(config: Any, batch_size: int, **options: bool) -> dict[str, np.ndarra
         x = rng.uniform(-1, 1, shape.shape).astype(shape.dtype)
         return np.abs(x) if name == "latent_std" else x
 
-    return {name: draw(name, shape) for name, shape in work_lib.shapes_of(config, number, **options).items()}
+    shapes = work_lib.shapes_of(config, number, cached=cached, compact=compact)
+    return {name: draw(name, shape) for name, shape in shapes.items()}
 
 
 def train(config: Any, batch_size: int, *, cached: bool) -> Workload:
@@ -107,7 +106,8 @@ def _first_stage(config: Any, networks: models.Models) -> dict:
 
 
 def code(config: Any, batch_size: int, *, decode: bool) -> Workload:
-    """The first stage's encoder, as it writes a cache of latents; or its decoder, to pictures of 8 bits."""
+    """The first stage's encoder, from bytes as it writes a cache of latents, or its decoder, to pictures of 8 bits; on
+    this process's devices, as each process does."""
     networks, work, x = models.build(config), work_lib.of(config), inputs(config, batch_size, compact=True)["image"]
     params = parallel.replicate(_first_stage(config, networks))
 

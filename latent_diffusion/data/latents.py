@@ -22,7 +22,7 @@ from latent_diffusion.errors import UserError
 METADATA, PLAN = "metadata.json", "plan.json"
 
 Latents = Float[np.ndarray, "b i j k"]
-Encode = Callable[[Float[np.ndarray, "b h w c"]], tuple[Latents, Latents | None]]
+Encode = Callable[[np.ndarray], tuple[Latents, Latents | None]]
 
 
 def write_cache(
@@ -44,8 +44,8 @@ def write_cache(
     Args:
       path: the cache's folder, on a disk that all processes see.
       batches: `loader.batches(config, "train_once", ...)` with the field "image" and, if wanted, "label" and "caption".
-      encode_fn: images (B, H, W, C) in [-1, 1] -> posterior mean and standard deviation (B, h, w, c), unscaled latents;
-        None for the deviation where the latents have none (VQ).
+      encode_fn: images (B, H, W, C), as `batches` has them -> posterior mean and standard deviation (B, h, w, c),
+        unscaled latents; None for the deviation where the latents have none (VQ).
       metadata: JSON values that say what the cache is made of (digest of the first stage, the data's keys, ...), which
         a later `open_cache` may demand; label_names, if the set has labels.
       flips: also encodes mirrored images (a mirrored latent is not the latent of the mirrored image).

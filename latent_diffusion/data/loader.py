@@ -43,8 +43,8 @@ def batches(
         stands for its latents.
       source: an opened source; opened from config.data if None.
       batch_size: global; config.training.batch_size if None.
-      compact: pictures stay uint8 and cached latents float16, a quarter and half of the bytes to hand from workers and
-        to send to devices; see `training.batch.as_floats`.
+      compact: pictures (image, low_res) stay uint8 and cached latents float16, a quarter and half of the bytes to hand
+        from workers and to send to devices; `training.batch.as_floats` makes of them what is given otherwise.
 
     Returns:
       An iterator of dicts of arrays, B = batch_size / process_count:
@@ -52,7 +52,8 @@ def batches(
         label        int32 (B,)
         tokens       int32 (B, max_length)
         caption      str (B,); for "train_once", where images have several captions, an object array of tuples
-        low_res, mask, segmentation, layout  see `tasks.collate`
+        low_res      float32 (B, h, w, C) in [-1, 1]
+        mask, segmentation, layout  see `tasks.collate`
         index        int32 (B,)  position in the global stream, counted over epochs (modulo 2^31)
         valid        float32 (B,)  not for "train"
       with get_state() and set_state().
@@ -224,10 +225,10 @@ class _Collate(grain.transforms.Map):
             if isinstance(captions[0], str):
                 batch["caption"] = batch["caption"].astype(str)
         batch |= {key: tasks.collate(key, column(key)) for key in self._fields if key in tasks.FIELDS}
-        return batch if self._compact else {key: _as_floats(x) for key, x in batch.items()}
+        return batch if self._compact else {key: _full(x) for key, x in batch.items()}
 
 
-def _as_floats(x: np.ndarray) -> np.ndarray:
+def _full(x: np.ndarray) -> np.ndarray:
     if x.dtype == np.uint8:
         return transforms.to_float(x)
     return x.astype(np.float32) if x.dtype == np.float16 else x

@@ -3,10 +3,15 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array
 
 
-def as_floats(batch: dict[str, Any]) -> dict[str, Array]:
-    """A batch whose pictures of 8 bits, which cross the bus as they are, became float32 in [-1, 1], as by
-    `data.transforms.to_float` (to the last digit but one). What is float already stays, and so do class numbers."""
-    return {name: x.astype(jnp.float32) / 127.5 - 1.0 if x.dtype == jnp.uint8 else x for name, x in batch.items()}
+def as_floats(batch: dict[str, Any]) -> dict[str, Any]:
+    """A compact batch (`data.loader.batches`) as float32: pictures in [-1, 1] from their bytes, which cross the bus as
+    they are, and cached latents. What is float32 already stays, and so do class numbers."""
+    return {name: _as_float(x) for name, x in batch.items()}
+
+
+def _as_float(x: Any) -> Any:
+    if x.dtype == jnp.uint8:  # x / 127.5 - 1, but exact at both ends where a compiler multiplies by the reciprocal
+        return (2.0 * x.astype(jnp.float32) - 255.0) / 255.0
+    return x.astype(jnp.float32) if x.dtype == jnp.float16 else x

@@ -42,7 +42,7 @@ def latents(models: Any, first_stage: Any, batch: dict, key: Key[Array, ""]) -> 
     """Unscaled z_0: a sample of the posterior (not its mean, as the reference), from a cached batch
     (``latent_mean``, ``latent_std``) or by encoding ``image``."""
     if "latent_mean" in batch:
-        mean, std = batch["latent_mean"].astype(jnp.float32), batch["latent_std"].astype(jnp.float32)
+        mean, std = batch["latent_mean"], batch["latent_std"]
     else:
         mean, std = posterior(models, first_stage, batch["image"])
     return mean + std * keys.normal(key, batch["index"], mean.shape[1:])

@@ -1,8 +1,8 @@
 """The scripts in benchmarks/ run, what they print is for the documents; and the benchmark with two processes."""
 
+import json
 import os
 import pathlib
-import re
 import socket
 import subprocess
 import sys
@@ -27,17 +27,18 @@ def test_script_runs(command, said):
 
 
 @pytest.mark.slow
-def test_two_processes():
-    """Gradients go from one to the other, and the first alone prints the table."""
+@pytest.mark.parametrize("mode", ["train", "sample", "encode"])
+def test_two_processes(mode, tmp_path):
+    """Gradients go from one to the other, nothing else does, and the first process alone writes the table."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     both = [subprocess.Popen(
-        [sys.executable, "-m", "latent_diffusion.benchmark", "--config", "configs/ldm_unconditional.py:smoke",
-         "--batch_size=2", "--warmup=1", "--measured=2"], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "latent_diffusion.benchmark", "--config", "configs/ldm_unconditional.py:smoke", "--mode",
+         mode, "--batch_size=2", "--warmup=1", "--measured=2", f"--output={tmp_path / str(i)}"], cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COORDINATOR_ADDRESS": address,
              "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)}) for i in range(2)]
-    (first, _), (second, _) = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    parameters, exchanged = re.search(r"([\d.]+)M +2 .* ([\d.]+) MiB", first).groups()
-    assert float(exchanged) == pytest.approx(4 * float(parameters) * 1e6 / 2**20, rel=0.1) and "MiB" not in second
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    (row,) = json.loads((tmp_path / "0" / "benchmark.json").read_text())["rows"]
+    assert row["collective_bytes"] == pytest.approx(4 * row["parameters"] * (mode == "train"), rel=0.01)
+    assert row["devices"] == 2 and row["batch_size"] == 2 and not (tmp_path / "1" / "benchmark.json").exists()
