@@ -31,10 +31,6 @@ def plain_product(x, kernel, dimension_numbers=None, precision=None, **options):
     return jnp.dot(x, kernel, precision=precision, **options)
 
 
-def only_tiny_pictures(x, kernel, pixels):
-    return x.shape[1] * x.shape[2] < 2 * kernel.shape[0] * kernel.shape[1]
-
-
 def without_products(x, kernel, strides, padding, **options):
     if winograd.pays(x, kernel, strides, padding):
         return winograd.winograd(x, kernel)
@@ -48,7 +44,7 @@ WITHOUT = {  # what is replaced: (where, name, by what)
     "products on two axes": [(module, "multiply", plain_product) for module in (layers, convolution, winograd)],
     "products for 1x1 kernels and small pictures": [(module, "convolve", without_products)
                                                     for module in (layers, perceptual)],
-    "patches of pictures up to 8x8": [(convolution, "_patches_pay", only_tiny_pictures)],
+    "patches of pictures up to 8x8": [(convolution, "MOST_PIXELS", 0)],
     "the barrier before the gradients' norm": [(module, "gradient_norm", optax.tree.norm)
                                                for module in (autoencoder, diffusion)],
     "leaving out the mean over one device": [(module, "mean_over_devices", always_mean)

@@ -68,5 +68,4 @@ def make_task(config: Any, fields: Sequence[str], transform: Any) -> Task | None
 def collate(name: str, values: list[np.ndarray]) -> np.ndarray:
     """A batch of one field: low_res uint8 (B, h, w, c); mask float32 (B, H, W, 1), 1 = to be painted; segmentation
     int32 (B, H, W); layout int32 (B, l)."""
-    dtype = {"low_res": np.uint8, "mask": np.float32}.get(name, np.int32)
-    return np.stack(values, dtype=dtype, casting="unsafe" if dtype == np.int32 else "same_kind")
+    return np.stack(values, dtype={"low_res": np.uint8, "mask": np.float32}.get(name, np.int32))

@@ -11,6 +11,8 @@ import numpy as np
 from latent_diffusion.models import winograd
 from latent_diffusion.models.products import multiply
 
+MOST_PIXELS = 64  # of an output that is a product of patches on a CPU
+
 
 def convolve(
     x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding: Sequence[tuple[int, int]], *,
@@ -43,4 +45,4 @@ def _patches_pay(x: jax.Array, kernel: jax.Array, pixels: int) -> bool:
     (XLA: 1.2 to 1.5 times as long, gradients 2 to 3 times), unless there are few features to make the patches for."""
     if x.shape[1] * x.shape[2] < 2 * kernel.shape[0] * kernel.shape[1]:
         return True
-    return jax.default_backend() == "cpu" and pixels <= 64 and kernel.shape[-1] >= 32
+    return jax.default_backend() == "cpu" and pixels <= MOST_PIXELS and kernel.shape[-1] >= 32
