@@ -103,12 +103,20 @@ def update_ema(ema_params: dict, params: dict, step: Int[Array, ""], options: An
 def accumulate(
     function: Callable[[Any, dict], tuple[Any, Any]], carry: Any, batch: dict, pieces: int
 ) -> tuple[Any, Any]:
-    """Runs ``function(carry, piece) -> (carry, values)`` over `pieces` equal cuts of `batch` and averages the values.
+    """Runs ``function(carry, piece) -> (carry, values)`` over `pieces` equal cuts of `batch` and averages the values,
+    of which one sum is kept and not all, because gradients may be as large as the memory that is to be saved.
 
     Examples keep their ``index``, so that noise does not depend on the number of pieces.
     """
     if pieces == 1:
         return function(carry, batch)
     cut = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
-    carry, values = jax.lax.scan(function, carry, cut)
-    return carry, jax.tree.map(lambda x: jnp.mean(x, axis=0), values)
+
+    def add(carry_and_sums: tuple[Any, Any], piece: dict) -> tuple[tuple[Any, Any], None]:
+        carry, sums = carry_and_sums
+        carry, values = function(carry, piece)
+        return (carry, jax.tree.map(jnp.add, sums, values)), None
+
+    _, shapes = jax.eval_shape(function, carry, jax.tree.map(lambda x: x[0], cut))
+    (carry, sums), _ = jax.lax.scan(add, (carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)), cut)
+    return carry, jax.tree.map(lambda x: x / pieces, sums)

@@ -100,3 +100,16 @@ def test_accumulate_averages_and_carries():
     for pieces in (1, 2, 3):
         carry, mean = optimizer.accumulate(add, jnp.zeros(()), batch, pieces)
         assert (float(carry), float(mean)) == (15.0, 2.5)
+
+
+def test_accumulated_gradients_take_the_memory_of_one():
+    """Of 4 MB, in eight pieces, each a product of the piece and the parameters."""
+    params, batch = jnp.ones((1024, 1024)), {"x": jnp.ones((8, 1024))}
+
+    def gradients(params, batch):
+        def of_piece(carry, piece):
+            return carry, jax.grad(lambda p: jnp.sum(jnp.sin(piece["x"] @ p)))(params)
+        return optimizer.accumulate(of_piece, None, batch, 8)[1]
+
+    plan = jax.jit(gradients).lower(params, batch).compile().memory_analysis()
+    assert plan.temp_size_in_bytes < 3.5 * params.nbytes
