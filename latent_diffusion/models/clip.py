@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from latent_diffusion.errors import UserError
-from latent_diffusion.models.attention import merge_heads, split_heads
+from latent_diffusion.models.attention import attention, merge_heads, split_heads
 from latent_diffusion.models.conditioning import checked_length
 from latent_diffusion.models.layers import Dtype, compute_dtype, dense, layer_norm
 
@@ -23,7 +23,7 @@ class CLIPLayer(nn.Module):
         h = layer_norm(x, "layer_norm1", dtype=self.dtype)
         q, k, v = (split_heads(dense(h, width, f"self_attn_{name}_proj", dtype=self.dtype), self.heads)
                    for name in "qkv")
-        h = merge_heads(jax.nn.dot_product_attention(q, k, v, is_causal=True))
+        h = merge_heads(attention(q, k, v, causal=True))
         x = x + dense(h, width, "self_attn_out_proj", dtype=self.dtype)
         h = dense(layer_norm(x, "layer_norm2", dtype=self.dtype), 4 * width, "mlp_fc1", dtype=self.dtype)
         return x + dense(h * jax.nn.sigmoid(1.702 * h), width, "mlp_fc2", dtype=self.dtype)

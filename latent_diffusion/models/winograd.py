@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from latent_diffusion.errors import choose
 from latent_diffusion.models.products import multiply
 
 T = TypeVar("T")
+VARIABLE = "LATENT_DIFFUSION_CONVOLUTION"
 LEAST_WORK = 2**22  # pixels times channels, of inputs and of outputs
 MOST_ENTRIES = 2**23  # of a picture: above, its tiles take too much memory, and are no faster
 
@@ -27,8 +29,9 @@ def pays(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Seque
     1.3 to 1.7 times as long and their gradients 2 to 3 times, as measured with jax 0.10. Not for small ones, which gain
     little but take as long to compile. The kernel is transformed at each call, which must be little beside the
     products. The size of the batch has no say, so that results do not depend on it. LATENT_DIFFUSION_CONVOLUTION=xla in
-    the environment rules it out."""
-    if jax.default_backend() != "cpu" or os.environ.get("LATENT_DIFFUSION_CONVOLUTION", "auto") == "xla":
+    the environment rules it out; UserError for other values than that and "auto"."""
+    wanted = choose({"auto": True, "xla": False}, os.environ.get(VARIABLE) or "auto", VARIABLE)
+    if not wanted or jax.default_backend() != "cpu":
         return False
     same = kernel.shape[:-2] == (3, 3) and {*strides} == {1} and {*map(tuple, padding)} == {(1, 1)}
     if not same or x.dtype != jnp.float32 or kernel.dtype != jnp.float32:

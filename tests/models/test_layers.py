@@ -76,19 +76,40 @@ def test_attention():
             )
 
 
-def test_attention_kernel_choice(monkeypatch):
-    def eligible(dtype, width, keys=64):
-        return attention._cudnn_eligible(jnp.zeros((1, 64, 1, width), dtype), jnp.zeros((1, keys, 1, width), dtype))
+def test_attention_kernel_choice(monkeypatch, caplog):
+    """cuDNN is asked on a GPU in 16 bits; what it refuses goes to XLA, which is said once, with the reason."""
+    asked = []
+    plain = jax.nn.dot_product_attention
 
-    assert not eligible(jnp.bfloat16, 64)  # no GPU
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert eligible(jnp.bfloat16, 64) and eligible(jnp.bfloat16, 40)
-    assert not eligible(jnp.float32, 64)
-    assert not eligible(jnp.bfloat16, 36)
-    assert not eligible(jnp.bfloat16, 384)  # cin256-v2's single head
-    assert not eligible(jnp.bfloat16, 64, keys=1)  # a class: softmax over one key
-    monkeypatch.setenv("LATENT_DIFFUSION_ATTENTION", "xla")
-    assert not eligible(jnp.bfloat16, 64)
+    def dot_product_attention(q, k, v, *, implementation=None, **options):
+        asked.append(q.shape[-1])
+        if q.shape[-1] > 256:
+            raise NotImplementedError("too wide")
+        return plain(q, k, v, **options)
+
+    def attend(dtype, width, keys=64):
+        asked.clear()
+        x = [jnp.ones((1, n, 1, width), dtype) for n in (64, keys, keys)]
+        np.testing.assert_allclose(attention.attention(*x).astype(jnp.float32), 1, atol=1e-2)
+        return bool(asked)
+
+    assert not attend(jnp.bfloat16, 64)  # no GPU
+    with monkeypatch.context() as patched, caplog.at_level("INFO"):
+        attention._say_once.cache_clear()
+        patched.setattr(jax, "default_backend", lambda: "gpu")
+        patched.setattr(jax.nn, "dot_product_attention", dot_product_attention)
+        assert attend(jnp.bfloat16, 64) and attend(jnp.bfloat16, 40)
+        assert not attend(jnp.float32, 64)
+        assert not attend(jnp.bfloat16, 64, keys=1)  # a class: softmax over one key
+        assert attend(jnp.bfloat16, 384) and attend(jnp.bfloat16, 384)  # cin256-v2's single head
+        patched.setenv("LATENT_DIFFUSION_ATTENTION", "xla")
+        assert not attend(jnp.bfloat16, 64)
+        patched.setenv("LATENT_DIFFUSION_ATTENTION", "cudnn")
+        with pytest.raises(UserError, match="LATENT_DIFFUSION_ATTENTION: unknown value 'cudnn'; choose from auto, xla"):
+            attend(jnp.bfloat16, 64)
+    said = [(record.levelname, record.message) for record in caplog.records]
+    assert said.count(("WARNING", "attention: XLA where cuDNN refuses: too wide")) == 1
+    assert ("INFO", "attention: cuDNN's flash kernel for heads of 40 channels") in said
 
 
 class _Norm(nn.Module):
