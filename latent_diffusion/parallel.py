@@ -7,7 +7,7 @@ multi-process runs. A step must average what it returns (`mean_over_devices`): p
 
 With several processes, the arrays of a state that a step returns are those of all processes, and the step is pmap's
 compiled program. The pmapped function itself would turn each array of this process into one of all and back, which
-costs the host 17 us for each of the 2,800 arrays of a state (docs/scaling.md).
+costs the host 14 to 26 us for each of the 2,800 arrays of a state (docs/scaling.md).
 """
 
 import functools
@@ -179,13 +179,9 @@ def pmap_evaluate(step: Callable, **static: Any) -> Callable:
     return _pmap(step, static, (None, None, 0, None), out_axes=None)
 
 
-def pmap_encode(function: Callable, **static: Any) -> Callable:
-    """``function(params, batch, **static)`` on all devices; the result keeps a leading device axis."""
-    return _pmap(function, static, (None, 0))
-
-
 def pmap_local(function: Callable, **static: Any) -> Callable:
-    """As `pmap_encode`, on this process's devices alone, so that one process may call it without the others."""
+    """``function(params, batch, **static)`` on this process's devices alone, so that it may call it without the others;
+    the result keeps a leading device axis."""
     return _pmap(function, static, (None, 0), devices=jax.local_devices())
 
 

@@ -197,7 +197,7 @@ class CachedLatents:
         self._path, self.metadata = path, metadata
         count = metadata["num_examples"]
         self._names: list[str] = []
-        self._place = np.zeros((count, 2), np.int64)  # shard, row
+        self._place = np.full((count, 2), -1)  # shard, row
         labels = np.zeros(count, np.int64)
         self._captions: list[str | tuple[str, ...]] = [""] * count
         shard: dict[str, Any] = {"label": None, "caption": None}
@@ -209,6 +209,11 @@ class CachedLatents:
                 labels[shard["index"]] = shard["label"]
             for index, caption in zip(shard["index"], shard["caption"] or (), strict=bool(shard["caption"])):
                 self._captions[index] = caption if isinstance(caption, str) else tuple(caption)
+        there = {file.name for file in path.glob("shard-*.npy")}
+        lost = [name for stem in self._names for key in ("mean", "std") if (name := f"{stem}-{key}.npy") not in there]
+        if lost or (self._place < 0).any():
+            raise UserError(f"first_stage.cache={path} is not whole, {lost[0] if lost else 'a shard'} is missing; copy "
+                            "all of it, or remove it to write it anew")
         self._labels = labels if shard["label"] is not None else None
         self.captions: list[str] | None = None  # the first of each image
         if shard["caption"] is not None:

@@ -134,7 +134,7 @@ def cached_sources(
     Returns:
       The same dict, of sources of latents.
     """
-    encode = parallel.pmap_encode(lambda params, batch: stage2.posterior(networks, params, as_floats(batch)["image"]))
+    encode = parallel.pmap_local(lambda params, batch: stage2.posterior(networks, params, as_floats(batch)["image"]))
 
     def encode_batch(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return parallel.gather(encode(frozen["first_stage"], parallel.shard({"image": image})))

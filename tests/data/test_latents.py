@@ -208,6 +208,15 @@ def test_refusals(config, tmp_path):
             _write(config, tmp_path / str(broken), encode=lambda x, value=broken: (_encode(x)[0] * value, None))
 
 
+@pytest.mark.parametrize("lost", ["shard-0000-000001.json", "shard-0000-000000-std.npy"])
+def test_a_cache_that_was_copied_in_part_is_refused(config, tmp_path, lost):
+    _write(config, tmp_path)
+    assert len(latents.open_cache(tmp_path).source) == 22
+    (tmp_path / lost).unlink()
+    with pytest.raises(UserError, match="is not whole, .* is missing; copy all of it"):
+        latents.open_cache(tmp_path)
+
+
 def test_caches_can_be_pickled(config, tmp_path):
     _write(config, tmp_path)
     cache = latents.open_cache(tmp_path).source
