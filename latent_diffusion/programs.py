@@ -15,6 +15,7 @@ from jaxtyping import Array
 from latent_diffusion import models, parallel
 from latent_diffusion.diffusion import guidance, process, samplers, tiles
 from latent_diffusion.diffusion import schedule as schedule_lib
+from latent_diffusion.models import layers
 from latent_diffusion.training import diffusion as stage2
 
 TRACES: collections.Counter = collections.Counter()  # how often each program was traced, which is how often it compiled
@@ -124,6 +125,8 @@ def draw(
       images (b, H, W, C) uint8, scaled latents (b, h, w, c), finite (b,), and frames (b, frames, H, W, C) uint8.
     """
     TRACES["draw"] += 1
+    shared = shared | {name: _computing(shared[name], networks) for name, networks in (
+        ("params", program.models), ("weak", program.weak)) if name in shared}
     params, known = shared["params"], None
     if program.masked:
         z_known = _encode(
@@ -255,11 +258,15 @@ def _middle(program: Program, x: Array) -> Array:
 def predict(
     networks: models.Models, params: Any, z_t: Array, t: Array, inputs: Mapping[str, Array], tile: Tile | None = None
 ) -> Array:
-    """The UNet's prediction, as a whole or in patches, each of which may have a context of its own: (b, p, t, d)."""
+    """The UNet's prediction, as a whole or in patches, each of which may have a context of its own: (b, p, t, d).
+    `inputs`: the UNet's, and ``keys_and_values`` of the context, if they are there already."""
+    variables = {"params": params["unet"], "context": inputs.get("keys_and_values", {})}
+    inputs = {name: x for name, x in inputs.items() if name != "keys_and_values"}
+
     def predict_patch(joined: Array, *context: Array) -> Array:  # z_t and the map in its channels
         z, spatial = joined[..., : z_t.shape[-1]], joined[..., z_t.shape[-1] :]
         own = ({"concat": spatial} if "concat" in inputs else {}) | ({"context": context[0]} if context else {})
-        return networks.unet.apply({"params": params["unet"]}, z, t, **{**inputs, **own}).astype(jnp.float32)
+        return networks.unet.apply(variables, z, t, **{**inputs, **own}).astype(jnp.float32)
 
     joined = jnp.concatenate([z_t, inputs["concat"]], axis=-1) if "concat" in inputs else z_t
     if tile is None:
@@ -269,11 +276,24 @@ def predict(
     return tiles.tiled(predict_patch, joined, *tile[:2], each=each)
 
 
-def _tau(networks: models.Models, params: Any, conditions: Mapping[str, Array], program: Program) -> dict[str, Array]:
-    """`training.diffusion.condition`; of layouts (b, p, l), a context (b, p, t, d)."""
+def _computing(params: Any, networks: models.Models) -> dict:
+    """The UNet's kernels in its compute type, because XLA does not move the cast out of a loop on every device."""
+    def cast(path: Any, x: Array) -> Array:
+        return x.astype(networks.unet.dtype) if path[-1].key == "kernel" else x  # norms are float32
+
+    return {**params, "unet": jax.tree.map_with_path(cast, params["unet"])}
+
+
+def _tau(networks: models.Models, params: Any, conditions: Mapping[str, Array], program: Program) -> dict[str, Any]:
+    """`training.diffusion.condition`, and the keys and values of its context, once for all steps; of layouts (b, p, l),
+    a context (b, p, t, d) alone."""
     tau = functools.partial(stage2.condition, networks, params, options=program.conditioning)
     if program.conditioning.crossattn != "layout" or conditions["layout"].ndim == 2:
-        return tau(conditions)
+        inputs = tau(conditions)
+        if "context" in inputs:
+            inputs["keys_and_values"] = layers.keys_and_values(
+                params["unet"], inputs["context"], networks.unet.dtype)
+        return inputs
     layout = conditions["layout"]
     inputs = tau({**conditions, "layout": layout.reshape(-1, layout.shape[-1])})
     return inputs | {"context": inputs["context"].reshape(*layout.shape[:2], *inputs["context"].shape[1:])}

@@ -20,6 +20,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jaxtyping import Array, Float, Num
 
 from latent_diffusion.errors import UserError, choose
@@ -28,6 +29,7 @@ from latent_diffusion.models.convolution import convolve
 from latent_diffusion.models.products import multiply
 
 Dtype = Any
+KEYS_AND_VALUES = ("to_k", "to_v")
 
 torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(+-1/sqrt(fan_in))
 
@@ -294,7 +296,10 @@ class AttentionBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from `x` to `context` (to `x` itself without a context): q, k, v without bias, output with bias."""
+    """Attention from `x` to `context` (to `x` itself without a context): q, k, v without bias, output with bias.
+
+    A collection "context", if given, holds the keys and values of `context`: see `keys_and_values`.
+    """
 
     heads: int
     head_dim: int
@@ -306,9 +311,21 @@ class CrossAttention(nn.Module):
         context = x if context is None else context
         inner = self.heads * self.head_dim
         project = functools.partial(dense, features=inner, use_bias=False, dtype=self.dtype)
-        q, k, v = project(x, name="to_q"), project(context, name="to_k"), project(context, name="to_v")
+        q = project(x, name="to_q")
+        k, v = (self.get_variable("context", name) if self.has_variable("context", name) else project(
+            context, name=name) for name in KEYS_AND_VALUES)
         h = attention(*(split_heads(part, self.heads) for part in (q, k, v)))
         return dense(merge_heads(h), x.shape[-1], self.out_name, dtype=self.dtype)
+
+
+@jax.named_scope("keys_and_values")
+def keys_and_values(params: Any, context: Float[Array, "b s e"], dtype: Dtype) -> dict:
+    """The collection "context" for a UNet with `params`: keys and values of all of its cross-attention, which depend on
+    nothing else, so that a sampler computes them once for all steps."""
+    kernels = traverse_util.flatten_dict(params)
+    found = {path[:-1]: multiply(context.astype(dtype), kernel.astype(dtype))
+             for path, kernel in kernels.items() if path[-3:-1] in {("attn2", name) for name in KEYS_AND_VALUES}}
+    return traverse_util.unflatten_dict(found)
 
 
 class GEGLUFeedForward(nn.Module):
