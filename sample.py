@@ -50,7 +50,7 @@ from latent_diffusion.diffusion.samplers import METHODS  # noqa: E402
 from latent_diffusion.errors import UserError  # noqa: E402
 
 DEFAULTS = {"seed": 0} | {name: [] for name in ("prompt", "negative_prompt", "layout", *asked.PICTURES)}
-HOW = (*asked.SETTINGS, *asked.OTHERS, "size", "outpaint", "weak_workdir", "weak_step")  # recorded with each picture
+HOW = (*asked.SETTINGS, *asked.OTHERS, "size", "outpaint", "dtype", "weak_workdir", "weak_step")  # recorded
 
 
 class Parser(argparse.ArgumentParser):
@@ -139,6 +139,7 @@ def _add_settings(add: Callable) -> None:
     add("--interpolate", type=int, metavar="N", help="N pictures from the noise of --seed to that of --variation_seed")
     add("--tile", type=int, metavar="PIXELS", help="compute big pictures in overlapping patches of this side")
     add("--overlap", type=int, metavar="PIXELS", help="of the patches (default: a quarter of --tile)")
+    add("--dtype", choices=("float32", "bfloat16"), help="compute in this type (default: as in training)")
     add("--decode_tile", type=int, metavar="PIXELS", help="decode big pictures in patches of this side")
 
 
@@ -200,7 +201,7 @@ def run(args: argparse.Namespace) -> int:
     numbers = numbers[jax.process_index() :: jax.process_count()]  # each process draws its share
 
     logging.info("loading %s, step %s", args.workdir, step)
-    model = pipeline.LatentDiffusion.from_workdir(args.workdir, args.step)
+    model = load(args, args.workdir, args.step)
     options = wanted["options"] | dict(batch_size=args.batch_size, num_samples=wanted["number"], weak=weak_model(args))
     batches = model.sample_batches(wanted["prompts"], wanted["labels"], **options, only=numbers)
     if args.overwrite and parallel.is_first_process():
@@ -221,7 +222,13 @@ def weak_model(args: argparse.Namespace) -> pipeline.LatentDiffusion | None:
     """The model that guidance moves away from, of --weak_workdir and --weak_step."""
     if args.weak_workdir is None and args.weak_step is None:
         return None
-    return pipeline.LatentDiffusion.from_workdir(args.weak_workdir or args.workdir, args.weak_step)
+    return load(args, args.weak_workdir or args.workdir, args.weak_step)
+
+
+def load(args: argparse.Namespace, workdir: str, step: int | None) -> pipeline.LatentDiffusion:
+    """A model, computing in --dtype."""
+    model = pipeline.LatentDiffusion.from_workdir(workdir, step)
+    return model.computing_in(args.dtype) if args.dtype else model
 
 
 def draw(

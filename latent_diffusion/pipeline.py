@@ -4,6 +4,7 @@
     model.sample(prompts=["red apple"], num_samples=4, guidance_scale=3.0).images  # uint8 (4, H, W, 3)
 """
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from latent_diffusion import layouts as layouts_lib
 from latent_diffusion import settings as settings_lib
 from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.errors import UserError
+from latent_diffusion.models.layers import compute_dtype
 from latent_diffusion.training import diffusion as stage2
 from latent_diffusion.training import text_encoder
 
@@ -118,6 +120,16 @@ class LatentDiffusion:
             config=config, models=models.build(config), schedule=schedule_lib.from_config(config.diffusion),
             params=parallel.replicate({"first_stage": {}} | params), scale_factor=config.first_stage.scale_factor,
             vocabulary=vocabulary, step=step)
+
+    def computing_in(self, dtype: str) -> "LatentDiffusion":
+        """The same model with all networks computing in "float32" or "bfloat16", whatever it was trained in; weights
+        stay as they are. Raises UserError for another type."""
+        compute_dtype(dtype)
+        config = copy.deepcopy(self.config)
+        with config.unlocked():
+            config.model.dtype = dtype
+            config.first_stage.model.dtype = dtype
+        return dataclasses.replace(self, config=config, models=models.build(config))
 
     def sample(
         self, prompts: str | Sequence[str] | None = None, labels: request.Labels | None = None, **options: Any

@@ -72,6 +72,23 @@ def test_prompts_in_titled_parts(workdirs, tmp_path, capsys):
     assert "4 pictures" in printed and str(out / "samples.png") in printed
 
 
+def test_another_compute_type(workdirs, tmp_path):
+    """bfloat16 has 8 bits: pictures are near those of float32, and not the same; the weights are."""
+    arguments = ["--workdir", str(workdirs / "both"), "--prompt", "red apple", "--labels", "3", "--num_samples", "2"]
+    assert sample.main([*arguments, "--dtype", "bfloat16", "--output", str(tmp_path)]) == 0
+    written = [Image.open(tmp_path / f"{i:06d}.png") for i in range(2)]
+    assert written[0].text["dtype"] == "bfloat16"
+    exact = pipeline.LatentDiffusion.from_workdir(workdirs / "both")
+    half = exact.computing_in("bfloat16")
+    assert half.params is exact.params and exact.models.unet.dtype == "float32"
+    both = [model.sample(["red apple"], [3], num_samples=2) for model in (exact, half)]
+    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in written]), both[1].images)
+    error, size = both[1].latents - both[0].latents, np.linalg.norm(both[0].latents)
+    assert 0 < np.linalg.norm(error) < 2e-2 * size
+    with pytest.raises(sample.UserError, match="float32, bfloat16"):
+        exact.computing_in("float16")
+
+
 def test_what_is_transparent_in_a_mask_is_known(tmp_path):
     layer = np.zeros((4, 4, 4), np.uint8)
     layer[1, 1] = 255  # what an editor saves: white where one painted, nothing elsewhere
