@@ -80,3 +80,17 @@ def _assert_trees_close(actual, expected, atol):
 @pytest.fixture(scope="session")
 def assert_trees_close():
     return _assert_trees_close
+
+
+def _assert_near_in_bfloat16(actual, expected, tolerance=2e-2):
+    """All leaves together, within 2e-2 of the expected ones' Euclidean norm: bfloat16 has 8 bits."""
+    def norm(tree):
+        return sum(float(np.sum(np.square(x))) for x in jax.tree.leaves(tree)) ** 0.5
+
+    error = norm(jax.tree.map(lambda x, y: np.asarray(x, np.float32) - np.asarray(y), actual, expected))
+    assert 0 < error < tolerance * norm(expected)
+
+
+@pytest.fixture(scope="session")
+def assert_near_in_bfloat16():
+    return _assert_near_in_bfloat16

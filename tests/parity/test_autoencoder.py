@@ -65,7 +65,7 @@ def _inputs():
     return x, cotangent
 
 
-def test_kl(to_tree, randomize, assert_trees_close):
+def test_kl(to_tree, randomize, assert_trees_close, assert_near_in_bfloat16):
     torch.manual_seed(0)
     theirs = randomize(diffusers.AutoencoderKL(latent_channels=4, **TRUNK), 3)
     x, cotangent = _inputs()
@@ -94,6 +94,9 @@ def test_kl(to_tree, randomize, assert_trees_close):
     np.testing.assert_allclose(q.kl(), posterior.kl().detach().numpy(), rtol=1e-5)
     np.testing.assert_allclose(grad_x, _nhwc(x.grad), rtol=0, atol=ATOL * float(jnp.abs(grad_x).max()))
     assert_trees_close(grad_params, to_tree(_arrays(theirs, "grad"), RULES, template), ATOL)
+
+    half, _ = jax.jit(lambda params: ours.clone(dtype="bfloat16").apply({"params": params}, x_ours))(params)
+    assert_near_in_bfloat16(half, _nhwc(rec))
 
 
 def test_vq(to_tree, randomize, assert_trees_close):

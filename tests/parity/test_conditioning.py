@@ -36,7 +36,7 @@ def _tree(model, attribute, to_tree, template):
     return {**to_tree(named, RULES, template), "pos_emb": positions}
 
 
-def test_text_transformer(to_tree, randomize, assert_trees_close):
+def test_text_transformer(to_tree, randomize, assert_trees_close, assert_near_in_bfloat16):
     torch.manual_seed(0)
     config = ldm.LDMBertConfig(
         vocab_size=50,
@@ -73,3 +73,5 @@ def test_text_transformer(to_tree, randomize, assert_trees_close):
     grads, out_ours = run(params)
     np.testing.assert_allclose(out_ours, out.detach().numpy(), rtol=0, atol=ATOL)
     assert_trees_close(grads, _tree(theirs, "grad", to_tree, template), ATOL)
+    half = jax.jit(lambda params: ours.clone(dtype="bfloat16").apply({"params": params}, tokens))(params)
+    assert_near_in_bfloat16(half, out.detach().numpy())

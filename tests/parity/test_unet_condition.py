@@ -1,4 +1,5 @@
-"""The UNet with cross-attention against diffusers' UNet2DConditionModel: output and all gradients, float32."""
+"""The UNet with cross-attention against diffusers' UNet2DConditionModel: output and all gradients, in float32 with each
+way of computing attention and convolutions, and in bfloat16."""
 
 import functools
 
@@ -10,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from latent_diffusion.models import attention, convolution, winograd  # noqa: E402
 from latent_diffusion.models.unet import UNet  # noqa: E402
 
 ATOL = 5e-5
@@ -52,6 +54,15 @@ RULES = [
 ]
 
 
+WAYS = {  # what is set
+    "as chosen": (),
+    "XLA's convolutions": (convolution, "MOST_PIXELS", 0),
+    "Winograd's convolutions": (winograd, "LEAST_WORK", 1),
+    "attention head by head": (attention, "LARGE", 1),
+    "bfloat16": (),
+}
+
+
 def _nhwc(x):
     return np.ascontiguousarray(x.detach().numpy().transpose(0, 2, 3, 1))
 
@@ -60,7 +71,10 @@ def _arrays(model, attribute):
     return {name: getattr(p, attribute).detach().numpy() for name, p in model.named_parameters()}
 
 
-def test_unet_condition(to_tree, randomize, assert_trees_close):
+@pytest.mark.parametrize("way", WAYS)
+def test_unet_condition(way, to_tree, randomize, assert_trees_close, assert_near_in_bfloat16, monkeypatch):
+    if WAYS[way]:
+        monkeypatch.setattr(*WAYS[way])
     torch.manual_seed(0)
     theirs = diffusers.UNet2DConditionModel(
         in_channels=4,
@@ -92,6 +106,7 @@ def test_unet_condition(to_tree, randomize, assert_trees_close):
         use_spatial_transformer=True,
         transformer_depth=DEPTH,
         context_dim=CONTEXT,
+        dtype="bfloat16" if way == "bfloat16" else "float32",
     )
     z_t, c, steps = jnp.asarray(_nhwc(z)), jnp.asarray(context.detach().numpy()), jnp.asarray([0, 999])
     template = jax.eval_shape(ours.init, jax.random.key(0), z_t, steps, c)["params"]
@@ -107,7 +122,13 @@ def test_unet_condition(to_tree, randomize, assert_trees_close):
         return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(params, z_t, c)
 
     (grad_params, grad_z, grad_c), out_ours = run(params, z_t, c)
-    np.testing.assert_allclose(out_ours, _nhwc(out), rtol=0, atol=ATOL)
-    np.testing.assert_allclose(grad_z, _nhwc(z.grad), rtol=0, atol=ATOL * float(jnp.abs(grad_z).max()))
-    np.testing.assert_allclose(grad_c, context.grad.numpy(), rtol=0, atol=ATOL * float(jnp.abs(grad_c).max()))
-    assert_trees_close(grad_params, to_tree(_arrays(theirs, "grad"), RULES, template), ATOL)
+    found = (out_ours, grad_z, grad_c, grad_params)
+    expected = (_nhwc(out), _nhwc(z.grad), context.grad.numpy(), to_tree(_arrays(theirs, "grad"), RULES, template))
+    if way == "bfloat16":
+        assert_near_in_bfloat16(found[0], expected[0])
+        assert_near_in_bfloat16(found[1:], expected[1:], tolerance=3e-2)  # there and back; found: 2.1e-2
+        return
+    np.testing.assert_allclose(out_ours, expected[0], rtol=0, atol=ATOL)
+    for x, y in zip(found[1:3], expected[1:3], strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=ATOL * float(jnp.abs(x).max()))
+    assert_trees_close(grad_params, expected[3], ATOL)
