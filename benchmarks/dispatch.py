@@ -71,6 +71,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arrays", type=int, default=2800)
     args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # whatever else there is, and whatever the environment says
+    jax.config.update("jax_num_cpu_devices", 1)
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         parallel.initialize()
         measure(args.arrays)

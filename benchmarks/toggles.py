@@ -2,12 +2,14 @@
 
     PYTHONPATH=. python benchmarks/toggles.py --config configs/ldm_unconditional.py:lsun_churches256 --narrow 64
 
-Prints the step's seconds (the best of all rounds) with everything, and how many times as long it takes without each.
+Prints the step's seconds (the best and the median of all rounds) with everything, and how many times as long it takes
+without each. States of all of them are kept, which is too much for the memory of a GPU at full width.
 Each is compiled anew, which takes a minute or two for a UNet of 64 channels.
 """
 
 import argparse
 import contextlib
+import statistics
 import time
 from collections.abc import Iterator
 from unittest import mock
@@ -47,6 +49,7 @@ def without_products(x, kernel, strides, padding, **options):
 CACHE = "the cache of latents"  # without it, a step encodes its pictures
 WITHOUT = {  # what is replaced: (where, name, by what)
     "nothing": [],
+    "nothing (the same once more)": [],  # how large the noise is
     "Winograd's convolutions": [(winograd, "pays", lambda *arguments: False)],
     "the gradient of attention head by head": [(attention, "LARGE", 2**62)],
     "products on two axes": [(module, "multiply", plain_product) for module in (layers, convolution, winograd)],
@@ -75,14 +78,14 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--narrow", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     benchmark.FLAGS(["benchmark", f"--narrow={args.narrow}", f"--batch_size={args.batch_size}"])
     config, _ = benchmark.completed(config_lib.load(args.config))
     cached = benchmark.is_cached(config)
     names = [name for name in WITHOUT if cached or name != CACHE]
 
-    running, best = {}, {}
+    running, times = {}, {name: [] for name in names}
     for name in tqdm(names, "compiling", leave=False):
         with replaced(WITHOUT[name]):
             jax.clear_caches()
@@ -97,11 +100,13 @@ def main() -> None:
                 arguments[0] = workload.following(arguments[0], result)
             jax.block_until_ready(result)
             if round_:
-                best[name] = min(best.get(name, 1e9), (time.perf_counter() - started) / 3)
+                times[name].append((time.perf_counter() - started) / 3)
 
-    print(f"with everything: {best['nothing']:.3f} s")
+    best, median = ({name: of(times[name]) for name in names} for of in (min, statistics.median))
+    print(f"with everything: {best['nothing']:.3f} s (median: {median['nothing']:.3f})")
     for name in names[1:]:
-        print(f"without {name}: {best[name] / best['nothing']:.2f} times as long")
+        ratio, of_medians = best[name] / best["nothing"], median[name] / median["nothing"]
+        print(f"without {name}: {ratio:.2f} times as long (medians: {of_medians:.2f})")
 
 
 if __name__ == "__main__":

@@ -6,25 +6,28 @@ before the compiler sees it, and agree with what torch counts on the reference's
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-# Dense bfloat16 (on V100 float16) TFLOP/s of one JAX device, by the beginning of its `device_kind`: makers' data
-# sheets. On TPU v2 and v3 a device is one of the two cores of a chip.
+# Dense bfloat16 (on V100 and T4 float16) TFLOP/s of one JAX device, by the first words of its `device_kind`: makers'
+# data sheets, half of what they state with sparsity. On TPU v2, v3 and 7x a device is one of the two cores of a chip.
 PEAKS = {
-    "NVIDIA B200": 2250, "NVIDIA GB200": 2500, "NVIDIA H200": 989, "NVIDIA GH200": 989, "NVIDIA H100 NVL": 835,
-    "NVIDIA H100 PCIe": 756, "NVIDIA H100": 989, "NVIDIA A100": 312, "NVIDIA A40": 150, "NVIDIA A10G": 70,
-    "NVIDIA A10": 125, "NVIDIA L40S": 362, "NVIDIA L40": 181, "NVIDIA L4": 121, "Tesla V100": 125, "Tesla T4": 65,
-    "TPU v2": 22.5, "TPU v3": 61.5, "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5": 459,
-    "TPU v6 lite": 918, "TPU v6e": 918,
+    "NVIDIA GB300": 2500, "NVIDIA B300": 2250, "NVIDIA GB200": 2500, "NVIDIA B200": 2250, "NVIDIA H200 NVL": 835,
+    "NVIDIA H200": 989, "NVIDIA GH200": 989, "NVIDIA H100 NVL": 835, "NVIDIA H100 PCIe": 756, "NVIDIA H100": 989,
+    "NVIDIA A100": 312, "NVIDIA A40": 150, "NVIDIA A10G": 70, "NVIDIA A10": 125, "NVIDIA L40S": 362, "NVIDIA L40": 181,
+    "NVIDIA L4": 121, "Tesla V100-SXM2": 125, "Tesla T4": 65,
+    "TPU v2": 22.5, "TPU v3": 61.5, "TPU v4 lite": 138, "TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197,
+    "TPU v5p": 459, "TPU v5": 459, "TPU v6 lite": 918, "TPU v6e": 918, "TPU7x": 1153.5,
 }
 
 
 def peak(device_kind: str) -> float | None:
-    """The most bfloat16 FLOP/s of a device, or None for one that `PEAKS` does not know (such as any CPU)."""
-    fitting = [name for name in PEAKS if device_kind.startswith(name)]
+    """The most bfloat16 FLOP/s of a device, or None for one that `PEAKS` does not know (such as any CPU) and for a part
+    of a GPU (MIG)."""
+    fitting = [name for name in PEAKS if re.match(rf"{re.escape(name)}\b(?!.* MIG )", device_kind)]
     return PEAKS[max(fitting, key=len)] * 1e12 if fitting else None
 
 

@@ -36,8 +36,14 @@ def test_a_gradient_by_input_and_weights_is_three_times_the_work():
 
 
 @pytest.mark.parametrize("kind, expected", [
-    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12), ("TPU v5 lite", 197e12),
-    ("TPU v5p", 459e12), ("TPU v4", 275e12), ("cpu", None),
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
+    ("NVIDIA H200", 989e12), ("NVIDIA H200 NVL", 835e12), ("NVIDIA B200", 2250e12), ("NVIDIA GB200", 2500e12),
+    ("NVIDIA B300 SXM6 AC", 2250e12), ("NVIDIA GB300", 2500e12), ("NVIDIA A100-SXM4-40GB", 312e12),
+    ("NVIDIA A10", 125e12), ("NVIDIA A10G", 70e12), ("NVIDIA L40S", 362e12), ("Tesla V100-SXM2-16GB", 125e12),
+    ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v4", 275e12), ("TPU v4 lite", 138e12), ("TPU7x", 1153.5e12),
+    # Unknown, though a name that is known begins alike.
+    ("cpu", None), ("NVIDIA H20", None), ("NVIDIA A10M", None), ("NVIDIA L400", None), ("Tesla V100-PCIE-16GB", None),
+    ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("TPU v40", None), ("TPU7", None), ("TPU8i", None),
 ])
 def test_peaks(kind, expected):
     assert flops.peak(kind) == expected

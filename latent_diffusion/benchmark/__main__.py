@@ -7,8 +7,8 @@
     python -m latent_diffusion.benchmark --config configs/ldm_class.py:ldm4 --sweep batch --values 8,16,32
 
 Inputs and weights are random, the latents cached (--online encodes pictures in each step), and the first stage is that
-with which the config was published. Ten steps to warm up, fifty measured, one wait at the end; compiling is timed by
-itself.
+with which the config was published. Ten steps to warm up, fifty measured; the host waits for each step once the next is
+under way, as training does. Compiling is timed by itself.
 docs/benchmarks.md explains the columns and has results.
 """
 
@@ -41,6 +41,7 @@ COMPARED = {  # name: config; latent diffusion beside diffusion on pixels (paper
 PAIRS = (("LDM-4 ImageNet", "ADM ImageNet, pixels"), ("LDM-8 ImageNet", "ADM ImageNet, pixels"),
          ("LDM-4 CelebA", "LDM-1 CelebA, pixels"))
 SWEEPS = {"batch": "8,16,32,64,128", "f": "1,2,4,8,16,32", "resolution": "256,512,1024", "steps": "10,20,50,100,200"}
+F_SWEPT = "configs/ldm_unconditional.py"  # whose variants ldm1, ldm2, ... --sweep f takes (paper Table 14)
 STEPS = 50  # of the samplers in a comparison
 CLASSES = 1000  # of ImageNet; what a config does not say because the data does
 
@@ -122,7 +123,7 @@ def _complete_stage2(config: Any) -> None:
     config.model.model_channels = _NARROW.value or config.model.model_channels
     if _GUIDANCE.value is not None or _COMPARE.value:
         config.sampling.guidance_scale = 1.0 if _GUIDANCE.value is None else _GUIDANCE.value
-    if _COMPARE.value and _STEPS.value is None:
+    if _COMPARE.value and _STEPS.value is None and _SWEEP.value != "steps":
         config.sampling.steps = STEPS
 
 
@@ -178,6 +179,8 @@ def jobs() -> list[tuple[str, Any, dict[str, Any]]]:
             raise UserError(f"--{flag.name} and --sweep {sweep} both say it; leave one out")
     if _SWEEP.value == "steps" and _MODE.value != "sample":
         raise UserError("--sweep steps needs --mode sample")
+    if _SWEEP.value == "f":
+        return _jobs_over_f()
     named = {} if not _CONFIG.value else {FLAGS["config"].config_filename or "config": _CONFIG.value}
     if _COMPARE.value:
         named |= {name: config_lib.load(spec) for name, spec in COMPARED.items()}
@@ -190,6 +193,20 @@ def jobs() -> list[tuple[str, Any, dict[str, Any]]]:
     return [(f"{name}, {_SWEEP.value} {value}", swept(config, value),
              {"model": name, "value": value, "sweep": _SWEEP.value})
             for name, config in named.items() for value in _values()]
+
+
+def _jobs_over_f() -> list[tuple[str, Any, dict[str, Any]]]:
+    """The variants ldm1, ldm2, ... of the config's file, each with what else is said after its colon (smoke, ...)."""
+    flag = FLAGS["config"]
+    if _CONFIG.value and flag.override_values:
+        raise UserError(f"--config.{next(iter(flag.override_values))} would be lost: --sweep f takes the variants "
+                        "ldm1, ldm2, ... as they are; leave one of the two out")
+    file, _, tokens = (flag.config_filename if _CONFIG.value else F_SWEPT).partition(":")
+    kept = [token for token in tokens.split(",") if token and not re.fullmatch(r"ldm\d+", token)]
+    specs = {value: f"{file}:{','.join([f'ldm{value}', *kept])}" for value in _values()}
+    model = f"{file}:{','.join(kept)}" if kept else file
+    return [(spec, config_lib.load(spec), {"model": model, "value": value, "sweep": "f"})
+            for value, spec in specs.items()]
 
 
 def rows() -> list[dict[str, Any]]:
@@ -213,8 +230,6 @@ def _values() -> list[int]:
 def swept(config: Any, value: int) -> Any:
     """The config with one value of the sweep."""
     config = copied(config)
-    if _SWEEP.value == "f":
-        return config_lib.load(f"configs/ldm_unconditional.py:ldm{value}")
     if _SWEEP.value == "batch":
         config.training.batch_size = value
     if _SWEEP.value == "resolution":

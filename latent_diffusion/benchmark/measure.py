@@ -21,7 +21,8 @@ class Result:
     and 95th percentile of the time from one step's end to the next one's. model_flops: of a step, over all devices.
     utilization: model FLOP/s as a share of the devices' bfloat16 peak (MFU). memory_bytes: of one device, as the
     compiler planned it. wait_share: of the time, waiting for data. collective_bytes: exchanged with other devices in a
-    step; collectives: in how many operations. shares: of the operations' time, by kind of work, of a profile.
+    step; collectives: in how many operations. shares: of the operations' time, by kind of work, of a profile; {} where
+    too little could be told apart.
     """
 
     images_per_second: float
@@ -73,7 +74,8 @@ def _profile(workload: Workload, run: Callable, arguments: tuple, program: Any, 
 
 
 def _repeat(workload: Workload, run: Callable, arguments: tuple, steps: int) -> tuple[tuple, list[float]]:
-    """The arguments after so many steps, and when each step had ended."""
+    """The arguments after so many steps, and when each step had ended: once a step is under way, the one before it is
+    waited for."""
     ends, before = [], None
     for _ in range(steps):
         result = run(*arguments)

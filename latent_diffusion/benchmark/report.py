@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -38,11 +39,14 @@ def _or_dash(value: Any, show: Any) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Hardware and versions, as they belong to every number."""
+    """Hardware, versions and the compiler's settings, as they belong to every number. platform_version: of CUDA, ROCm
+    or libtpu, as JAX's client says it."""
     device = jax.devices()[0]
     return {"device": device.device_kind, "platform": device.platform, "devices": jax.device_count(),
-            "processes": jax.process_count(), "machine": platform.platform(), "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}}
+            "platform_version": " ".join(device.client.platform_version.split()), "processes": jax.process_count(),
+            "machine": platform.platform(), "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+            **{name: os.environ[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if os.environ.get(name)}}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 import tiny_models
 
+from latent_diffusion import command_line, parallel
 from latent_diffusion import config as config_lib
-from latent_diffusion import parallel
 from latent_diffusion.benchmark import __main__ as benchmark
 from latent_diffusion.benchmark import measure, report, work, workloads
 
@@ -69,6 +69,8 @@ def test_rows_of_a_comparison_are_written(capsys, tmp_path, monkeypatch):
     (["--config=configs/ldm_class.py:smoke", "--sweep=batch", "--values=2,x"], "--values: 'x' is not a whole number"),
     (["--config=configs/ldm_class.py:smoke", "--sweep=batch", "--batch_size=2"], "both say it; leave one out"),
     (["--config=configs/ldm_class.py:smoke", "--sweep=steps"], "--sweep steps needs --mode sample"),
+    (["--config=configs/ldm_semantic.py", "--sweep=f"], "unknown variant 'ldm1'"),
+    (["--sweep=f", "--values=4,5"], "unknown variant 'ldm5'"),
     (["--config=configs/ldm_class.py:smoke", "--measured=0"], "0 is not a positive integer"),
     (["--config=configs/ldm_unconditional.py:smoke", "--mode=sample", "--guidance=2"], "nothing to guide"),
     (["--config=configs/ldm_class.py:smoke", "--profile=/dev/null/x"], "--profile /dev/null/x cannot be used"),
@@ -80,6 +82,50 @@ def test_rows_of_a_comparison_are_written(capsys, tmp_path, monkeypatch):
 def test_mistakes_are_one_line(capsys, flags, message):
     code, said = run(capsys, *flags)
     assert code == 2 and message in said.err and said.err.count("\n") == 1
+
+
+def test_rows_of_a_comparison_have_the_steps_of_the_sweep(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "COMPARED", {"latents": "configs/ldm_unconditional.py:smoke"})
+    code, said = run(capsys, "--compare=pixel", "--mode=sample", "--sweep=steps", "--values=2,4", "--batch_size=2",
+                     "--warmup=0", "--measured=1", f"--output={tmp_path}")
+    assert code == 0, said.err
+    two, four = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert (two["name"], two["value"], four["value"]) == ("latents, steps 2", 2, 4)
+    config = completed("configs/ldm_unconditional.py:smoke")
+    assert four["model_flops"] - two["model_flops"] == 2 * 2 * work.of(config).unet  # pictures, steps more
+
+
+@pytest.mark.parametrize("flags, model, names", [
+    (["--values=1,8"], "configs/ldm_unconditional.py",
+     ["configs/ldm_unconditional.py:ldm1", "configs/ldm_unconditional.py:ldm8"]),
+    (["--config=configs/ldm_class.py"], "configs/ldm_class.py",
+     [f"configs/ldm_class.py:ldm{f}" for f in (1, 2, 4, 8, 16, 32)]),
+    (["--config=configs/ldm_class.py:ldm4,smoke", "--values=2"], "configs/ldm_class.py:smoke",
+     ["configs/ldm_class.py:ldm2,smoke"]),
+])
+def test_the_sweep_of_f_takes_the_variants_of_a_file(flags, model, names):
+    command_line.parse(["benchmark", "--sweep=f", *flags], benchmark._CONFIG, benchmark.FLAGS)
+    jobs = benchmark.jobs()
+    assert [name for name, _, _ in jobs] == names
+    for name, config, more in jobs:
+        assert config.to_dict() == config_lib.load(name).to_dict() and more["model"] == model
+        assert f"ldm{more['value']}" in name
+
+
+def test_overrides_are_not_lost_in_a_sweep_of_f(capsys, monkeypatch):
+    flags = ["--config=configs/ldm_class.py", "--sweep=f", "--config.data.image_size=64"]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *flags])  # where ml_collections looks for overrides
+    code, said = run(capsys, *flags)
+    assert code == 2 and "--config.data.image_size would be lost: --sweep f takes" in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_environment_has_what_the_compiler_was_told(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_something")
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    found = report.environment()
+    assert found["XLA_FLAGS"] == "--xla_something" and "LIBTPU_INIT_ARGS" not in found
+    assert found["platform_version"] == "cpu" and {"flax", "optax"} <= set(found)
 
 
 def test_neither_data_stack_nor_clu_is_imported():
@@ -96,10 +142,10 @@ def test_keys_and_values_of_the_context_are_computed_outside_of_the_loop():
     jax.config.update("jax_disable_most_optimizations", False)
     _, program = parallel.compile_ahead(found.call, *found.arguments)
     jax.config.update("jax_disable_most_optimizations", True)
-    where = set()
+    where, projected = set(), r'op_name="[^"]*/(attn2/to_[kv]|keys_and_values)/[^"]*dot_general'
     for computation in re.split(r"\n(?=%?[\w.\-]+ \(|ENTRY )", program.as_text()):
         name = computation.split(" ")[0]
-        if "fused" not in name and re.search(r'op_name="[^"]*/attn2/to_[kv]/dot_general', computation):
+        if "fused" not in name and re.search(projected, computation):
             where.add(name)
     assert where == {"ENTRY"}
 
