@@ -50,7 +50,8 @@ from latent_diffusion.diffusion.samplers import METHODS  # noqa: E402
 from latent_diffusion.errors import UserError  # noqa: E402
 
 DEFAULTS = {"seed": 0} | {name: [] for name in ("prompt", "negative_prompt", "layout", *asked.PICTURES)}
-HOW = (*asked.SETTINGS, *asked.OTHERS, "size", "outpaint", "dtype", "weak_workdir", "weak_step")  # recorded
+HOW = (  # recorded with each picture
+    *asked.SETTINGS, *asked.OTHERS, "size", "outpaint", "dtype", "weak_workdir", "weak_step")
 
 
 class Parser(argparse.ArgumentParser):
@@ -139,8 +140,8 @@ def _add_settings(add: Callable) -> None:
     add("--interpolate", type=int, metavar="N", help="N pictures from the noise of --seed to that of --variation_seed")
     add("--tile", type=int, metavar="PIXELS", help="compute big pictures in overlapping patches of this side")
     add("--overlap", type=int, metavar="PIXELS", help="of the patches (default: a quarter of --tile)")
-    add("--dtype", choices=("float32", "bfloat16"), help="compute in this type (default: as in training)")
     add("--decode_tile", type=int, metavar="PIXELS", help="decode big pictures in patches of this side")
+    add("--dtype", choices=("float32", "bfloat16"), help="compute in this type (default: as in training)")
 
 
 def _size(text: str) -> tuple[int, int]:

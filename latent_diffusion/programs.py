@@ -125,7 +125,7 @@ def draw(
       images (b, H, W, C) uint8, scaled latents (b, h, w, c), finite (b,), and frames (b, frames, H, W, C) uint8.
     """
     TRACES["draw"] += 1
-    shared = shared | {name: _computing(shared[name], networks) for name, networks in (
+    shared = {**shared} | {name: _computing(shared[name], networks) for name, networks in (
         ("params", program.models), ("weak", program.weak)) if name in shared}
     params, known = shared["params"], None
     if program.masked:
@@ -256,7 +256,7 @@ def _middle(program: Program, x: Array) -> Array:
 
 
 def predict(
-    networks: models.Models, params: Any, z_t: Array, t: Array, inputs: Mapping[str, Array], tile: Tile | None = None
+    networks: models.Models, params: Any, z_t: Array, t: Array, inputs: Mapping[str, Any], tile: Tile | None = None
 ) -> Array:
     """The UNet's prediction, as a whole or in patches, each of which may have a context of its own: (b, p, t, d).
     `inputs`: the UNet's, and ``keys_and_values`` of the context, if they are there already."""

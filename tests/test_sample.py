@@ -85,6 +85,8 @@ def test_another_compute_type(workdirs, tmp_path):
     np.testing.assert_array_equal(np.stack([np.asarray(image) for image in written]), both[1].images)
     error, size = both[1].latents - both[0].latents, np.linalg.norm(both[0].latents)
     assert 0 < np.linalg.norm(error) < 2e-2 * size
+    assert sample.main(["--from_png", str(tmp_path / "000001.png"), "--output", str(tmp_path / "again")]) == 0
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "again" / "000001.png")), both[1].images[1])
     with pytest.raises(sample.UserError, match="float32, bfloat16"):
         exact.computing_in("float16")
 

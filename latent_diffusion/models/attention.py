@@ -36,15 +36,17 @@ def attention(
     """softmax(q k^T / sqrt(d)) v for n heads (equation in section 3.3 of the paper); the softmax is in float32. Of
     `causal` attention, query i sees the keys up to i.
 
-    The only place that chooses a kernel: on a GPU, in 16 bits, cuDNN's flash attention if it takes the inputs, and
-    otherwise plain XLA. Both are logged once, a refusal as a warning that says why. LATENT_DIFFUSION_ATTENTION=xla in
-    the environment rules cuDNN out; UserError for other values than that and "auto".
+    The only place that chooses a kernel: on a GPU, in 16 bits, cuDNN's flash attention if it takes the inputs, which is
+    logged once, as is its reason if it does not, and otherwise plain XLA. LATENT_DIFFUSION_ATTENTION=xla in the
+    environment rules cuDNN out; UserError for other values than that and "auto".
     """
     if _may_be_flash(q, k):
         try:
             out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-        except (NotImplementedError, RuntimeError, ValueError) as error:
-            _say_once(logging.WARNING, f"attention: XLA where cuDNN refuses: {error}")
+        except NotImplementedError as error:  # shapes that it is not made for
+            _say_once(logging.INFO, f"attention: XLA, where cuDNN says: {error}")
+        except (RuntimeError, ValueError) as error:  # it is missing or too old
+            _say_once(logging.WARNING, f"attention: XLA, because cuDNN failed: {error}")
         else:
             _say_once(logging.INFO, f"attention: cuDNN's flash kernel for heads of {q.shape[-1]} channels")
             return out

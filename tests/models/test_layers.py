@@ -85,6 +85,8 @@ def test_attention_kernel_choice(monkeypatch, caplog):
         asked.append(q.shape[-1])
         if q.shape[-1] > 256:
             raise NotImplementedError("too wide")
+        if q.shape[-1] == 8:
+            raise RuntimeError("not installed")
         return plain(q, k, v, **options)
 
     def attend(dtype, width, keys=64):
@@ -102,13 +104,15 @@ def test_attention_kernel_choice(monkeypatch, caplog):
         assert not attend(jnp.float32, 64)
         assert not attend(jnp.bfloat16, 64, keys=1)  # a class: softmax over one key
         assert attend(jnp.bfloat16, 384) and attend(jnp.bfloat16, 384)  # cin256-v2's single head
+        assert attend(jnp.bfloat16, 8)
         patched.setenv("LATENT_DIFFUSION_ATTENTION", "xla")
         assert not attend(jnp.bfloat16, 64)
         patched.setenv("LATENT_DIFFUSION_ATTENTION", "cudnn")
         with pytest.raises(UserError, match="LATENT_DIFFUSION_ATTENTION: unknown value 'cudnn'; choose from auto, xla"):
             attend(jnp.bfloat16, 64)
     said = [(record.levelname, record.message) for record in caplog.records]
-    assert said.count(("WARNING", "attention: XLA where cuDNN refuses: too wide")) == 1
+    assert said.count(("INFO", "attention: XLA, where cuDNN says: too wide")) == 1
+    assert said.count(("WARNING", "attention: XLA, because cuDNN failed: not installed")) == 1
     assert ("INFO", "attention: cuDNN's flash kernel for heads of 40 channels") in said
 
 

@@ -56,7 +56,7 @@ RULES = [
 
 WAYS = {  # what is set
     "as chosen": (),
-    "XLA's convolutions": (convolution, "MOST_PIXELS", 0),
+    "XLA's convolutions": (convolution, "_patches_pay", lambda *arguments: False),
     "Winograd's convolutions": (winograd, "LEAST_WORK", 1),
     "attention head by head": (attention, "LARGE", 1),
     "bfloat16": (),
