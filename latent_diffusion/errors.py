@@ -1,5 +1,6 @@
 """What goes wrong because of the user. A leaf module that imports nothing heavy, so that anything may use it."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,3 +23,8 @@ def choose(choices: Mapping[str, Any], name: str, key: str) -> Any:
     if name not in choices:
         raise UserError(f"{key}: unknown value {name!r}; choose from {', '.join(choices)}")
     return choices[name]
+
+
+def choose_by_variable(choices: Mapping[str, Any], variable: str) -> Any:
+    """`choose` by a variable of the environment; unset or empty, it means the first of the choices."""
+    return choose(choices, os.environ.get(variable) or next(iter(choices)), variable)

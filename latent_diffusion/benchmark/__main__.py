@@ -121,10 +121,8 @@ def _complete_stage2(config: Any) -> None:
     first.model.dtype = _DTYPE.value or first.model.dtype
     first.model.ch = _NARROW.value or first.model.ch
     config.model.model_channels = _NARROW.value or config.model.model_channels
-    if _GUIDANCE.value is not None or _COMPARE.value:
-        config.sampling.guidance_scale = 1.0 if _GUIDANCE.value is None else _GUIDANCE.value
-    if _COMPARE.value and _STEPS.value is None and _SWEEP.value != "steps":
-        config.sampling.steps = STEPS
+    if _GUIDANCE.value is not None:
+        config.sampling.guidance_scale = _GUIDANCE.value
 
 
 def is_cached(config: Any) -> bool:
@@ -184,6 +182,7 @@ def jobs() -> list[tuple[str, Any, dict[str, Any]]]:
     named = {} if not _CONFIG.value else {FLAGS["config"].config_filename or "config": _CONFIG.value}
     if _COMPARE.value:
         named |= {name: config_lib.load(spec) for name, spec in COMPARED.items()}
+        named = {name: compared(config) for name, config in named.items()}
     if not named:
         raise UserError("give --config FILE:TOKEN,... or --compare pixel; --help shows commands")
     if _MODE.value == "sample" and any(config.stage == "autoencoder" for config in named.values()):
@@ -225,6 +224,14 @@ def _values() -> list[int]:
     if wrong := [value for value in given if not value.isdecimal() or not int(value)]:
         raise UserError(f"--values: {wrong[0]!r} is not a whole number above 0")
     return [int(value) for value in given]
+
+
+def compared(config: Any) -> Any:
+    """The config with what all rows of a comparison sample with, unless flags or a sweep say otherwise."""
+    config = copied(config)
+    if config.stage == "diffusion":
+        config.sampling.update(dict(guidance_scale=1.0, steps=STEPS))
+    return config
 
 
 def swept(config: Any, value: int) -> Any:

@@ -3,17 +3,15 @@
 import functools
 import logging
 import math
-import os
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from latent_diffusion.errors import choose
+from latent_diffusion.errors import choose_by_variable
 
 log = logging.getLogger(__name__)
-VARIABLE = "LATENT_DIFFUSION_ATTENTION"
 LARGE = 2**19  # entries of a table of weights from which on its gradient is taken head by head
 
 
@@ -25,7 +23,7 @@ def _say_once(level: int, message: str) -> None:
 def _may_be_flash(q: jax.Array, k: jax.Array) -> bool:
     """Whether to ask for cuDNN's kernel, which says itself what else it does not take, as wide heads. With one key, a
     class, there is nothing to gain."""
-    wanted = choose({"auto": True, "xla": False}, os.environ.get(VARIABLE) or "auto", VARIABLE)
+    wanted = choose_by_variable({"auto": True, "xla": False}, "LATENT_DIFFUSION_ATTENTION")
     return wanted and jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and k.shape[1] > 1
 
 

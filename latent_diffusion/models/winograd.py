@@ -7,7 +7,6 @@ XLA's convolutions on a CPU, which sum nine times as many numbers (a test compar
 """
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -15,11 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from latent_diffusion.errors import choose
+from latent_diffusion.errors import choose_by_variable
 from latent_diffusion.models.products import multiply
 
 T = TypeVar("T")
-VARIABLE = "LATENT_DIFFUSION_CONVOLUTION"
 LEAST_WORK = 2**22  # pixels times channels, of inputs and of outputs
 MOST_ENTRIES = 2**23  # of a picture: above, its tiles take too much memory, and are no faster
 
@@ -30,7 +28,7 @@ def pays(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Seque
     little but take as long to compile. The kernel is transformed at each call, which must be little beside the
     products. The size of the batch has no say, so that results do not depend on it. LATENT_DIFFUSION_CONVOLUTION=xla in
     the environment rules it out; UserError for other values than that and "auto"."""
-    wanted = choose({"auto": True, "xla": False}, os.environ.get(VARIABLE) or "auto", VARIABLE)
+    wanted = choose_by_variable({"auto": True, "xla": False}, "LATENT_DIFFUSION_CONVOLUTION")
     if not wanted or jax.default_backend() != "cpu":
         return False
     same = kernel.shape[:-2] == (3, 3) and {*strides} == {1} and {*map(tuple, padding)} == {(1, 1)}

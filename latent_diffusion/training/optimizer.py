@@ -115,8 +115,8 @@ def accumulate(
     def add(carry_and_sums: tuple[Any, Any], piece: dict) -> tuple[tuple[Any, Any], None]:
         carry, sums = carry_and_sums
         carry, values = function(carry, piece)
-        return (carry, jax.tree.map(jnp.add, sums, values)), None
+        return (carry, optax.tree.add(sums, values)), None
 
     _, shapes = jax.eval_shape(function, carry, jax.tree.map(lambda x: x[0], cut))
-    (carry, sums), _ = jax.lax.scan(add, (carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)), cut)
+    (carry, sums), _ = jax.lax.scan(add, (carry, jax.tree.map(jnp.zeros_like, shapes)), cut)
     return carry, jax.tree.map(lambda x: x / pieces, sums)
