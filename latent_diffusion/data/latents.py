@@ -1,11 +1,13 @@
 """A cache of stage-1 latents on disk: written once by running the encoder over a set, read as a source of examples.
 
-Layout: `metadata.json` (written last: a cache without it is incomplete), and per shard NAME-mean.npy and NAME-std.npy,
-float16 (n, flips, h, w, c), and NAME.json with positions, labels and captions (written last of the shard).
+Layout: `metadata.json` (written last: a cache without it is incomplete), and per shard NAME-mean.npy and, unless the
+latents have no deviation (VQ), NAME-std.npy, float16 (n, flips, h, w, c), and NAME.json with positions, labels,
+captions and the sizes of these files (written last of the shard).
 """
 
 import io
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -91,19 +93,43 @@ def _start(path: epath.Path, plan: dict[str, Any]) -> None:
 
 
 def _write_shards(path, batches, encode_fn, flips: bool, process_index: int, batches_per_shard: int) -> None:
-    done = len(list(path.glob(f"shard-{process_index:04d}-*.json")))
-    total, start = len(batches), min(len(batches), done * batches_per_shard)
-    batches.set_state({"next_index": start})
-    progress = tqdm(total=total, initial=start, desc="encoding the set", unit="batch", disable=process_index != 0)
-    pending: list[dict[str, Any]] = []
-    for step in range(start + 1, total + 1):
-        pending.append(_encode(next(batches), encode_fn, flips))
-        progress.update()
-        if len(pending) == batches_per_shard or step == total:
-            number = (step - 1) // batches_per_shard
-            _write_shard(path / f"shard-{process_index:04d}-{number:06d}", pending)
-            pending = []
+    """Writes the shards of one process that are not there whole."""
+    total, prefix = len(batches), f"shard-{process_index:04d}-"
+    whole, _ = _read_shards(path, prefix)
+    shards = [(f"{prefix}{number:06d}", range(start, min(start + batches_per_shard, total)))
+              for number, start in enumerate(range(0, total, batches_per_shard))]
+    missing = [(name, steps) for name, steps in shards if name not in whole]
+    done = total - sum(len(steps) for _, steps in missing)
+    progress = tqdm(total=total, initial=done, desc="encoding the set", unit="batch", disable=process_index != 0)
+    for name, steps in missing:
+        if batches.get_state()["next_index"] != steps.start:
+            batches.set_state({"next_index": steps.start})
+        encoded = []
+        for _ in steps:
+            encoded.append(_encode(next(batches), encode_fn, flips))
+            progress.update()
+        _write_shard(path / name, encoded)
     progress.close()
+
+
+def _read_shards(path: epath.Path, prefix: str = "shard-") -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What NAME.json says, for each shard that is whole; and the files that are missing or cut off. (In a bucket files
+    are never cut off, and asking for the size of each takes long.)"""
+    there = {file.name for file in path.glob(f"{prefix}*")}
+    local, whole, broken = _is_local(path), {}, []
+    for file in sorted(name for name in there if name.endswith(".json")):
+        name = file.removesuffix(".json")
+        try:
+            facts = json.loads((path / file).read_text())
+            sizes = {f"{name}-{key}.npy": size for key, size in facts["bytes"].items()}
+        except (json.JSONDecodeError, KeyError):  # cut off; of an older layout
+            broken.append(file)
+            continue
+        lost = [x for x, size in sizes.items() if x not in there or local and (path / x).stat().length != size]
+        broken += lost
+        if not lost:
+            whole[name] = facts
+    return whole, broken
 
 
 def _encode(batch: dict[str, np.ndarray], encode_fn, flips: bool) -> dict[str, Any]:
@@ -123,13 +149,15 @@ def _encode(batch: dict[str, np.ndarray], encode_fn, flips: bool) -> dict[str, A
     }
 
 
-def _write_shard(path: epath.Path, pending: list[dict[str, Any]]) -> None:
-    facts: dict[str, Any] = {}
+def _write_shard(path: epath.Path, encoded: list[dict[str, Any]]) -> None:
+    facts: dict[str, Any] = {"bytes": {}, "square": 0.0}
     for key in ("index", "label", "caption"):
-        parts = [part[key] for part in pending]
+        parts = [part[key] for part in encoded]
         facts[key] = None if parts[0] is None else sum(parts, [])
     for key in ("mean", "std"):
-        exact = np.concatenate([part[key] for part in pending])
+        exact = np.concatenate([part[key] for part in encoded])
+        if key == "std" and not exact.any():  # VQ's: half of the cache would be zeros
+            continue
         with np.errstate(over="ignore"):  # an overflow is reported below
             half = exact.astype(np.float16)
         if not np.isfinite(half).all():
@@ -137,23 +165,27 @@ def _write_shard(path: epath.Path, pending: list[dict[str, Any]]) -> None:
         buffer = io.BytesIO()
         np.save(buffer, half)
         files.write_whole(path.parent / f"{path.name}-{key}.npy", buffer.getvalue())
-        facts[f"{key}_sum"] = float(np.sum(exact, dtype=np.float64))
-        facts[f"{key}_square"] = float(np.sum(exact**2, dtype=np.float64))
-        facts["values"] = exact.size
+        facts["bytes"][key] = len(buffer.getvalue())
+        facts["square"] += float(np.sum(exact**2, dtype=np.float64))  # E z^2 = mean^2 + std^2
+        if key == "mean":
+            facts |= {"shape": exact.shape, "sum": float(np.sum(exact, dtype=np.float64))}
     _write_json(path.parent / f"{path.name}.json", facts)
 
 
 def _summary(path: epath.Path, plan: dict[str, Any]) -> dict[str, Any]:
-    shards = [json.loads(file.read_text()) for file in sorted(path.glob("shard-*.json"))]
+    shards = list(_read_shards(path)[0].values())
     indices = sorted(index for shard in shards for index in shard["index"])
     if indices != list(range(len(indices))):
-        raise RuntimeError(f"{path}: shards do not hold every example once")
-    values = sum(shard["values"] for shard in shards)
-    mean = sum(shard["mean_sum"] for shard in shards) / values
-    square = sum(shard["mean_square"] + shard["std_square"] for shard in shards) / values  # E z^2 = mean^2 + std^2
-    std = float(np.sqrt(max(square - mean**2, 0.0)))
+        raise UserError(f"{path}: the shards do not hold every example once; remove the folder to write it anew")
+    values = sum(math.prod(shard["shape"]) for shard in shards)
+    mean = sum(shard["sum"] for shard in shards) / values
+    std = math.sqrt(max(sum(shard["square"] for shard in shards) / values - mean**2, 0.0))
     found = {"num_examples": len(indices), "flips": plan["flips"], "latents_mean": mean, "latents_std": std}
     return {**found, "scale_factor": 1.0 / std if std > 0 else 1.0, **plan["metadata"]}
+
+
+def _is_local(path: epath.Path) -> bool:
+    return "://" not in str(path)
 
 
 def _write_json(path: epath.Path, value: Any) -> None:
@@ -190,58 +222,65 @@ def open_cache(path: epath.PathLike, *, expected: Mapping[str, Any] | None = Non
 class CachedLatents:
     """Examples of a cache: `image` is a dict of latent_mean and latent_std, float16 (flips, h, w, c).
 
-    Files on a local disk are mapped into memory and read piece by piece; those in a bucket are kept in memory whole.
+    Files on a local disk are read example by example; those in a bucket are kept in memory whole. Raises UserError:
+    files are missing or cut off.
     """
 
     def __init__(self, path: epath.Path, metadata: dict[str, Any]):
         self._path, self.metadata = path, metadata
         count = metadata["num_examples"]
-        self._names: list[str] = []
+        shards, broken = _read_shards(path)
+        self._shards = [(name, facts["bytes"], tuple(facts["shape"])) for name, facts in shards.items()]
         self._place = np.full((count, 2), -1)  # shard, row
-        labels = np.zeros(count, np.int64)
-        self._captions: list[str | tuple[str, ...]] = [""] * count
-        shard: dict[str, Any] = {"label": None, "caption": None}
-        for number, file in enumerate(sorted(path.glob("shard-*.json"))):
-            shard = json.loads(file.read_text())
-            self._names.append(file.stem)
-            self._place[shard["index"]] = [(number, row) for row in range(len(shard["index"]))]
-            if shard["label"] is not None:
-                labels[shard["index"]] = shard["label"]
-            for index, caption in zip(shard["index"], shard["caption"] or (), strict=bool(shard["caption"])):
-                self._captions[index] = caption if isinstance(caption, str) else tuple(caption)
-        there = {file.name for file in path.glob("shard-*.npy")}
-        lost = [name for stem in self._names for key in ("mean", "std") if (name := f"{stem}-{key}.npy") not in there]
-        if lost or (self._place < 0).any():
-            raise UserError(f"first_stage.cache={path} is not whole, {lost[0] if lost else 'a shard'} is missing; copy "
-                            "all of it, or remove it to write it anew")
-        self._labels = labels if shard["label"] is not None else None
+        labels, captions = np.zeros(count, np.int64), [""] * count
+        has_labels = has_captions = False
+        for number, facts in enumerate(shards.values()):
+            index = np.array(facts["index"], np.int64)  # may be empty: of a process that got padding only
+            self._place[index, 0], self._place[index, 1] = number, np.arange(len(index))
+            if has_labels := facts["label"] is not None:
+                labels[index] = facts["label"]
+            if has_captions := facts["caption"] is not None:
+                for i, caption in zip(facts["index"], facts["caption"], strict=True):
+                    captions[i] = caption if isinstance(caption, str) else tuple(caption)
+        if broken or (self._place < 0).any():
+            lost = broken[0] if broken else "a shard"
+            raise UserError(f"first_stage.cache={path} is not whole, {lost} is missing or cut off; copy all of it "
+                            f"again, or remove its {METADATA} to have what is missing written again")
+        self._labels = labels if has_labels else None
+        self._captions = captions
         self.captions: list[str] | None = None  # the first of each image
-        if shard["caption"] is not None:
-            self.captions = [x if isinstance(x, str) else next(iter(x), "") for x in self._captions]
-        self._open: dict[str, np.ndarray] = {}
+        if has_captions:
+            self.captions = [x if isinstance(x, str) else next(iter(x), "") for x in captions]
+        self._loaded: dict[str, np.ndarray] = {}
 
-    def __getstate__(self):  # worker processes map the files themselves
-        return {**self.__dict__, "_open": {}}
+    def __getstate__(self):  # worker processes load files themselves
+        return {**self.__dict__, "_loaded": {}}
 
     def __len__(self) -> int:
         return len(self._place)
 
     def __getitem__(self, index: int) -> dict:
         shard, row = self._place[index]
-        mean, std = (np.array(self._array(f"{self._names[shard]}-{key}.npy")[row]) for key in ("mean", "std"))
-        example = {"image": {"latent_mean": mean, "latent_std": std}, "name": str(index)}
+        latents = {f"latent_{key}": self._read(*self._shards[shard], key, int(row)) for key in ("mean", "std")}
+        example = {"image": latents, "name": str(index)}
         if self._labels is not None:
             example["label"] = int(self._labels[index])
         if self.captions is not None:
             example["caption"] = self._captions[index]
         return example
 
-    def _array(self, name: str) -> np.ndarray:
-        if name not in self._open:
-            file = self._path / name
-            local = "://" not in str(file)
-            self._open[name] = np.load(file, mmap_mode="r") if local else np.load(io.BytesIO(file.read_bytes()))
-        return self._open[name]
+    def _read(self, name: str, sizes: dict[str, int], shape: tuple[int, ...], key: str, row: int) -> np.ndarray:
+        file = self._path / f"{name}-{key}.npy"
+        if key not in sizes:
+            return np.zeros(shape[1:], np.float16)
+        if not _is_local(file):
+            if file.name not in self._loaded:
+                self._loaded[file.name] = np.load(io.BytesIO(file.read_bytes()))
+            return self._loaded[file.name][row].copy()
+        # No maps of the files: each would keep one open, and a set of a million pictures has thousands.
+        count, rows_behind = math.prod(shape[1:]), shape[0] - row
+        offset = sizes[key] - rows_behind * count * np.dtype(np.float16).itemsize
+        return np.fromfile(file, np.float16, count, offset=offset).reshape(shape[1:])
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import os
 import pickle
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -209,12 +211,58 @@ def test_refusals(config, tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["shard-0000-000001.json", "shard-0000-000000-std.npy"])
-def test_a_cache_that_was_copied_in_part_is_refused(config, tmp_path, lost):
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_cache_that_was_copied_in_part_is_refused_and_can_be_finished(config, tmp_path, lost, cut):
     _write(config, tmp_path)
-    assert len(latents.open_cache(tmp_path).source) == 22
-    (tmp_path / lost).unlink()
-    with pytest.raises(UserError, match="is not whole, .* is missing; copy all of it"):
+    whole = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    if cut:
+        (tmp_path / lost).write_bytes(whole[lost][:-1])
+    else:
+        (tmp_path / lost).unlink()
+    with pytest.raises(UserError, match="is not whole, .* is missing or cut off; copy all of it again, or"):
         latents.open_cache(tmp_path)
+    (tmp_path / latents.METADATA).unlink()
+    encoded = []
+    _write(config, tmp_path, encode=lambda images: encoded.append(images) or _encode(images))
+    assert len(encoded) == 4  # one shard: two batches, and their mirror images
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == whole
+
+
+def test_a_large_cache_keeps_no_files_open(config, tmp_path):
+    _write(config, tmp_path)
+    cache = latents.open_cache(tmp_path).source
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("no list of open files")
+    before = len(os.listdir("/proc/self/fd"))
+    examples = [cache[i] for i in range(len(cache))]
+    assert len(os.listdir("/proc/self/fd")) == before and len(examples) == 22
+
+
+def test_a_process_may_have_a_shard_of_padding_only(make_config, tmp_path):
+    config = make_config(num_examples=9)  # batches of 4: the last example is the first process's
+    source = sources.open_source(config, "train")
+    for p in (1, 0):
+        batches = loader.batches(config, "train_once", source=source, process_index=p, process_count=2)
+        if p == 1:
+            latents._write_shards(epath.Path(tmp_path), batches, _encode, False, 1, 2)
+        else:
+            (tmp_path / latents.PLAN).write_text("null")
+            latents._write_shards(epath.Path(tmp_path), batches, _encode, False, 0, 2)
+    assert json.loads((tmp_path / "shard-0001-000001.json").read_text())["index"] == []
+    found = latents._summary(epath.Path(tmp_path), {"flips": False, "metadata": {}})
+    (tmp_path / latents.METADATA).write_text(json.dumps(found))
+    assert [example["name"] for example in latents.open_cache(tmp_path).source] == [str(i) for i in range(9)]
+
+
+@pytest.mark.parametrize("encode", [_encode, lambda images: (_encode(images)[0], None)])
+def test_latents_in_a_bucket_are_the_same(config, tmp_path, monkeypatch, encode):
+    _write(config, tmp_path, flips=False, encode=encode)
+    source = latents.open_cache(tmp_path).source
+    local = [source[i]["image"] for i in range(22)]
+    monkeypatch.setattr(latents, "_is_local", lambda path: False)
+    source = pickle.loads(pickle.dumps(latents.open_cache(tmp_path).source))
+    jax.tree.map(np.testing.assert_array_equal, [source[i]["image"] for i in range(22)], local)
+    assert len(source._loaded) == len(list(tmp_path.glob("*.npy"))) == (6 if encode is _encode else 3)  # read once
 
 
 def test_caches_can_be_pickled(config, tmp_path):
