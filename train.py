@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parse(argv)
         from latent_diffusion.training import progress
-        logging.basicConfig(level=logging.WARNING, handlers=[progress.WarningHandler()])
+        logging.basicConfig(level=logging.WARNING, handlers=[progress.LogHandler()], force=True)
+        logging.getLogger("latent_diffusion").setLevel(logging.INFO)
         parallel.keep_compiled()
         parallel.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         from latent_diffusion.training import loop  # after jax.distributed, which must see an untouched JAX

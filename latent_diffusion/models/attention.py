@@ -20,11 +20,19 @@ def _say_once(level: int, message: str) -> None:
     log.log(level, message)
 
 
-def _may_be_flash(q: jax.Array, k: jax.Array) -> bool:
-    """Whether to ask for cuDNN's kernel, which says itself what else it does not take, as wide heads. With one key, a
-    class, there is nothing to gain."""
-    wanted = choose_by_variable({"auto": True, "xla": False}, "LATENT_DIFFUSION_ATTENTION")
-    return wanted and jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and k.shape[1] > 1
+def _why_not_flash(q: jax.Array, k: jax.Array) -> str:
+    """Why cuDNN's kernel is not asked for on this GPU; empty if it is. It says itself what else it does not take."""
+    width, generation = q.shape[-1], str(getattr(jax.local_devices()[0], "compute_capability", "")).partition(".")[0]
+    widest = {"8": 128, "9": 256}.get(generation, 128)  # JAX lets 256 pass after Hopper too, where cuDNN has gaps
+    if not choose_by_variable({"auto": True, "xla": False}, "LATENT_DIFFUSION_ATTENTION"):
+        return "LATENT_DIFFUSION_ATTENTION=xla"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN's kernel computes in 16 bits, not in {q.dtype}"
+    if not generation.isdecimal() or int(generation) < 8:
+        return "cuDNN's kernel needs an NVIDIA GPU from Ampere on"
+    if width > widest:
+        return f"cuDNN's kernel takes heads of up to {widest} channels here, not {width}"
+    return "there is one key only" if k.shape[1] == 1 else ""  # a class: nothing to gain
 
 
 @jax.named_scope("attention")
@@ -34,20 +42,23 @@ def attention(
     """softmax(q k^T / sqrt(d)) v for n heads (equation in section 3.3 of the paper); the softmax is in float32. Of
     `causal` attention, query i sees the keys up to i.
 
-    The only place that chooses a kernel: on a GPU, in 16 bits, cuDNN's flash attention if it takes the inputs, which is
-    logged once, as is its reason if it does not, and otherwise plain XLA. LATENT_DIFFUSION_ATTENTION=xla in the
-    environment rules cuDNN out; UserError for other values than that and "auto".
+    The only place that chooses a kernel: on a GPU cuDNN's flash attention, if it takes the inputs, and otherwise plain
+    XLA; which one, and the reason, is logged once. LATENT_DIFFUSION_ATTENTION=xla in the environment rules cuDNN out;
+    UserError for other values than that and "auto".
     """
-    if _may_be_flash(q, k):
-        try:
-            out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-        except NotImplementedError as error:  # shapes that it is not made for
-            _say_once(logging.INFO, f"attention: XLA, where cuDNN says: {error}")
-        except (RuntimeError, ValueError) as error:  # it is missing or too old
-            _say_once(logging.WARNING, f"attention: XLA, because cuDNN failed: {error}")
+    if jax.default_backend() == "gpu":
+        if reason := _why_not_flash(q, k):
+            _say_once(logging.INFO, f"attention: XLA, because {reason}")
         else:
-            _say_once(logging.INFO, f"attention: cuDNN's flash kernel for heads of {q.shape[-1]} channels")
-            return out
+            try:
+                out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+            except NotImplementedError as error:  # shapes that it is not made for
+                _say_once(logging.INFO, f"attention: XLA, where cuDNN says: {error}")
+            except (RuntimeError, ValueError) as error:  # it is missing or too old
+                _say_once(logging.WARNING, f"attention: XLA, because cuDNN failed: {error}")
+            else:
+                _say_once(logging.INFO, f"attention: cuDNN's flash kernel for heads of {q.shape[-1]} channels")
+                return out
     if causal:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
     # Heads first, and q scaled instead of the logits: faster on a CPU, at 1024 tokens 40 instead of 64 ms.

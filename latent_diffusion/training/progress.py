@@ -31,8 +31,8 @@ def say(message: str, file: TextIO | None = None) -> None:
         print(message, file=file, flush=True)
 
 
-class WarningHandler(logging.Handler):
-    """Shows log records as lines ``warning: ...`` on stderr that do not break the bar."""
+class LogHandler(logging.Handler):
+    """Shows log records as lines ``warning: ...`` or ``info: ...`` on stderr that do not break the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(f"{record.levelname.lower()}: {record.getMessage()}", sys.stderr)

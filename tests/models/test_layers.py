@@ -76,44 +76,72 @@ def test_attention():
             )
 
 
-def test_attention_kernel_choice(monkeypatch, caplog):
-    """cuDNN is asked on a GPU in 16 bits; what it refuses goes to XLA, which is said once, with the reason."""
-    asked = []
-    plain = jax.nn.dot_product_attention
+class _Device:
+    def __init__(self, compute_capability):
+        self.compute_capability = compute_capability
+
+
+@pytest.fixture
+def attend(monkeypatch, caplog):
+    """Attention on what looks like a GPU; whether it asked cuDNN for it."""
+    asked, plain = [], jax.nn.dot_product_attention
 
     def dot_product_attention(q, k, v, *, implementation=None, **options):
         asked.append(q.shape[-1])
-        if q.shape[-1] > 256:
-            raise NotImplementedError("too wide")
+        if q.shape[-1] == 100:
+            raise NotImplementedError("no multiple of 8")
         if q.shape[-1] == 8:
             raise RuntimeError("not installed")
         return plain(q, k, v, **options)
 
-    def attend(dtype, width, keys=64):
+    def attend(dtype, width, keys=64, capability="9.0"):
         asked.clear()
+        monkeypatch.setattr(jax, "local_devices", lambda: [_Device(capability)])
         x = [jnp.ones((1, n, 1, width), dtype) for n in (64, keys, keys)]
         np.testing.assert_allclose(attention.attention(*x).astype(jnp.float32), 1, atol=1e-2)
         return bool(asked)
 
-    assert not attend(jnp.bfloat16, 64)  # no GPU
-    with monkeypatch.context() as patched, caplog.at_level("INFO"):
-        attention._say_once.cache_clear()
-        patched.setattr(jax, "default_backend", lambda: "gpu")
-        patched.setattr(jax.nn, "dot_product_attention", dot_product_attention)
-        assert attend(jnp.bfloat16, 64) and attend(jnp.bfloat16, 40)
-        assert not attend(jnp.float32, 64)
-        assert not attend(jnp.bfloat16, 64, keys=1)  # a class: softmax over one key
-        assert attend(jnp.bfloat16, 384) and attend(jnp.bfloat16, 384)  # cin256-v2's single head
-        assert attend(jnp.bfloat16, 8)
+    attention._say_once.cache_clear()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", dot_product_attention)
+    with caplog.at_level("INFO"):
+        yield attend
+
+
+def test_attention_kernel_choice(attend, monkeypatch, caplog):
+    """cuDNN is asked on a GPU in 16 bits; what it refuses goes to XLA, which is said once, with the reason."""
+    assert attend(jnp.bfloat16, 64) and attend(jnp.bfloat16, 40) and attend(jnp.float16, 40)
+    assert not attend(jnp.float32, 64)
+    assert not attend(jnp.bfloat16, 64, keys=1)  # a class: softmax over one key
+    assert not attend(jnp.bfloat16, 384) and not attend(jnp.bfloat16, 384)  # cin256-v2's single head
+    assert attend(jnp.bfloat16, 8) and attend(jnp.bfloat16, 100) and attend(jnp.bfloat16, 100)
+    with monkeypatch.context() as patched:
         patched.setenv("LATENT_DIFFUSION_ATTENTION", "xla")
         assert not attend(jnp.bfloat16, 64)
         patched.setenv("LATENT_DIFFUSION_ATTENTION", "cudnn")
         with pytest.raises(UserError, match="LATENT_DIFFUSION_ATTENTION: unknown value 'cudnn'; choose from auto, xla"):
             attend(jnp.bfloat16, 64)
+        patched.setattr(jax, "default_backend", lambda: "tpu")
+        assert not attend(jnp.bfloat16, 64)
     said = [(record.levelname, record.message) for record in caplog.records]
-    assert said.count(("INFO", "attention: XLA, where cuDNN says: too wide")) == 1
-    assert said.count(("WARNING", "attention: XLA, because cuDNN failed: not installed")) == 1
-    assert ("INFO", "attention: cuDNN's flash kernel for heads of 40 channels") in said
+    reasons = ["cuDNN's kernel computes in 16 bits, not in float32", "there is one key only",
+               "cuDNN's kernel takes heads of up to 256 channels here, not 384", "LATENT_DIFFUSION_ATTENTION=xla"]
+    assert sorted(said) == sorted([
+        *[("INFO", f"attention: XLA, because {reason}") for reason in reasons],
+        *[("INFO", f"attention: cuDNN's flash kernel for heads of {width} channels") for width in (64, 40)],
+        ("INFO", "attention: XLA, where cuDNN says: no multiple of 8"),
+        ("WARNING", "attention: XLA, because cuDNN failed: not installed"),
+    ])
+
+
+@pytest.mark.parametrize(
+    "capability, widest",
+    [("7.0", 0), ("7.5", 0), ("8.0", 128), ("8.9", 128), ("9.0", 256), ("10.0", 128), ("12.0", 128), ("gfx90a", 0)],
+)
+def test_heads_that_cudnn_takes_by_gpu(attend, capability, widest):
+    """NVIDIA's table: Ampere and later; up to 256 channels forward and backward on Hopper alone."""
+    for width in (64, 128, 160, 256):
+        assert attend(jnp.bfloat16, width, capability=capability) == (width <= widest)
 
 
 class _Norm(nn.Module):

@@ -127,6 +127,8 @@ def test_unet_condition(way, to_tree, randomize, assert_trees_close, assert_near
     if way == "bfloat16":
         assert_near_in_bfloat16(found[0], expected[0])
         assert_near_in_bfloat16(found[1:], expected[1:], tolerance=3e-2)  # there and back; found: 2.1e-2
+        for x, y in zip(jax.tree.leaves(grad_params), jax.tree.leaves(expected[3]), strict=True):
+            assert_near_in_bfloat16(x, y, tolerance=0.1)  # each; found: up to 5.8e-2, of a bias of a norm
         return
     np.testing.assert_allclose(out_ours, expected[0], rtol=0, atol=ATOL)
     for x, y in zip(found[1:3], expected[1:3], strict=True):

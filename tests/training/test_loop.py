@@ -308,6 +308,6 @@ def test_bar_on_a_terminal_without_a_width_is_lines_too(monkeypatch):
 
 def test_warnings_are_lines(capsys):
     logger = logging.Logger("ours")
-    logger.addHandler(progress.WarningHandler())
+    logger.addHandler(progress.LogHandler())
     logger.warning("step %d", 3)
     assert capsys.readouterr().err == "warning: step 3\n"
