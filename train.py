@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parse(argv)
         from latent_diffusion.training import progress
-        logging.basicConfig(level=logging.WARNING, handlers=[progress.LogHandler()], force=True)
+        logging.basicConfig(level=logging.WARNING, handlers=[progress.LogHandler()])
         logging.getLogger("latent_diffusion").setLevel(logging.INFO)
         parallel.keep_compiled()
         parallel.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
