@@ -1,5 +1,5 @@
 """One device, two, and two processes give the same training: losses, parameters, running statistics; replicas stay
-equal."""
+equal; what a step's program sends between devices, and whose memory it uses."""
 
 import os
 import socket
@@ -75,6 +75,48 @@ def test_replicas_are_bitwise_equal_after_steps(two_devices, run):
     state, _ = two_devices[run]
     assert len(jax.tree.leaves(state)[0].addressable_shards) == 2
     parallel.assert_replicated(state)
+
+
+def class_run():
+    """Stage 2 of classes alone, as context, with Adam."""
+    return tiny_runs.diffusion_run(tiny_runs.diffusion_config(
+        conditioning=dict(crossattn="class", label=False), model=dict(attention_resolutions=()),
+        optimizer=dict(name="adamw")))
+
+
+@pytest.fixture(scope="module", params=["kl", "ldm", "class"])
+def compiled(request, two_devices):
+    """(first state, compiled step): two of the runs of `two_devices`, where they were compiled, and another."""
+    state, step = {"kl": lambda: tiny_runs.autoencoder_run(tiny_runs.autoencoder_config()),
+                   "ldm": lambda: tiny_runs.diffusion_run(tiny_runs.diffusion_config()),
+                   "class": class_run}[request.param]()
+    batch, frozen = tiny_runs.latent_batch(), parallel.replicate({"null": tiny_runs.NULL})
+    if request.param == "kl":
+        batch, frozen = tiny_runs.image_batch(), {}
+    return state, parallel.compile_ahead(step, state, frozen, parallel.shard(batch), jax.random.key(7))[1]
+
+
+def size(tree):
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def test_gradients_are_sent_together(compiled):
+    """Those of a network in one operation, with the metrics. Stage 1 sends a little before it has them: the moments of
+    the latents and of the discriminator's norms, and the last layer's gradients for the adaptive weight."""
+    state, program = compiled
+    networks = [size(tree) for tree in (getattr(state, "disc_params", {}), state.params) if tree]
+    sent = parallel.collectives(program.as_text())
+    assert {kind for kind, _ in sent} == {"all-reduce"}
+    sizes = sorted(number for _, number in sent)
+    gradients, others = sizes[-len(networks):], sizes[:-len(networks)]
+    # Of equal gradients (biases of two layers whose outputs are added) the compiler sends one.
+    assert gradients == pytest.approx(networks, rel=0.01)
+    assert sum(others) < 0.02 * sum(sizes) if len(networks) == 2 else not others
+
+
+def test_the_new_state_is_where_the_old_one_was(compiled):
+    state, program = compiled
+    assert program.memory_analysis().alias_size_in_bytes == size(state)
 
 
 def test_assert_replicated_finds_a_missing_mean():

@@ -212,9 +212,12 @@ def test_first_stage_short_of_its_last_step(stage1, tmp_path, caplog):
 
 
 def test_cached_latents(stage1, tmp_path):
-    """A run on cached latents resumes exactly; and a cache of anything else is refused by name."""
+    """A run on cached latents, here with first moments in bfloat16, resumes exactly; and a cache of anything else is
+    refused by name."""
     def config(workdir=stage1[0], **data):
-        return smoke_runs.unconditional_config(workdir, data=data, first_stage=dict(cache=str(tmp_path / "cache")))
+        return smoke_runs.unconditional_config(
+            workdir, data=data, optimizer=dict(moment_dtype="bfloat16"),
+            first_stage=dict(cache=str(tmp_path / "cache")))
 
     code, _ = smoke_runs.run(config(), tmp_path / "run")
     assert code == 0

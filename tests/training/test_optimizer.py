@@ -9,7 +9,7 @@ import optax
 import pytest
 import tiny_runs
 
-from latent_diffusion.training import optimizer
+from latent_diffusion.training import loop, optimizer
 
 
 def config(**values):
@@ -65,6 +65,53 @@ def test_muon_orthogonalizes_kernels_and_leaves_the_rest_to_adam():
         assert np.all((0.6 < np.diag(inside)) & (np.diag(inside) < 1.3))
     for name, leaf in (("conv", "bias"), ("norm", "scale"), ("table", "embedding")):
         np.testing.assert_allclose(steps[name][leaf], -0.1 * (4 / 3) * np.sign(grads[name][leaf]), atol=1e-5)
+
+
+def moments(opt_state, name):
+    """The leaves of all moments of a name, first ("mu") or second ("nu")."""
+    return [leaf for path, leaf in jax.tree.leaves_with_path(opt_state)
+            if name in [getattr(key, "name", None) for key in path]]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2**-7)])
+def test_first_moments_are_kept_in_the_type_of_the_config(dtype, tolerance):
+    """AdamW's formula (Loshchilov and Hutter 2019, algorithm 2), up to the rounding of its first moments between steps.
+    Only of these: a second moment of 8 bits would not change by the thousandth of itself that b2=0.999 takes away."""
+    rate, b1, b2, decay = 0.1, 0.5, 0.75, 0.01
+    tx = optimizer.create(config(name="adamw", learning_rate=rate, scale_lr=False, weight_decay=decay, b1=b1, b2=b2,
+                                 moment_dtype=dtype))
+    rng, m, v = np.random.default_rng(0), 0.0, 0.0
+    params = jnp.asarray(rng.uniform(0.5, 2, (8, 16)), jnp.float32)
+    state = tx.init(params)
+    for n in range(1, 6):
+        g = rng.uniform(-2, -0.5, params.shape)  # no sum of two signs, which would magnify what was rounded away
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        expected = -rate * (m / (1 - b1**n) / np.sqrt(v / (1 - b2**n)) + decay * np.asarray(params))
+        updates, state = tx.update(jnp.asarray(g, jnp.float32), state, params)
+        params = optax.apply_updates(params, updates)
+        [mu], [nu] = moments(state, "mu"), moments(state, "nu")
+        assert (mu.dtype, nu.dtype, params.dtype) == (dtype, "float32", "float32")
+        np.testing.assert_allclose(updates, expected, rtol=tolerance)
+        np.testing.assert_allclose(mu.astype(jnp.float32), m, rtol=tolerance)
+        np.testing.assert_allclose(nu, v, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adam", "muon"])
+@pytest.mark.parametrize("stage, file", [("autoencoder", "autoencoder_kl"), ("diffusion", "pixel_diffusion")])
+def test_both_stages_keep_first_moments_in_bfloat16(stage, file, name, tmp_path):
+    """Of every parameter of every network, and nothing else."""
+    found = tiny_runs.get_config(file, "smoke")
+    with found.unlocked():
+        found.model.num_res_blocks, found.optimizer.name, found.optimizer.moment_dtype = 0, name, "bfloat16"
+        state = loop.STAGES[stage](found, tmp_path, *loop.check(found, tmp_path)).shapes()
+    trained = [(state.params, state.opt_state)]
+    if stage == "autoencoder":
+        trained.append((state.disc_params, state.disc_opt_state))
+    for params, opt_state in trained:
+        assert len(moments(opt_state, "mu")) == len(jax.tree.leaves(params)) > 5
+        assert {x.dtype for x in moments(opt_state, "mu")} == {jnp.dtype("bfloat16")}
+        assert {x.dtype for x in [*moments(opt_state, "nu"), *jax.tree.leaves(params)]} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(state.ema_params)} <= {jnp.dtype("float32")}
 
 
 def test_clipping_by_global_norm():
