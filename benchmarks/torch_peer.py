@@ -1,23 +1,30 @@
-"""Time of a training step, or of DDIM sampling, beside diffusers: equal UNets with shared weights, in turn in one run.
+r"""Time of a training step, or of DDIM sampling, beside diffusers: equal UNets with shared weights, in turn in one run.
 
     PYTHONPATH=. python benchmarks/torch_peer.py --mode train --model churches --channels 96 --batch 4
     PYTHONPATH=. python benchmarks/torch_peer.py --mode sample --model cin --channels 192 --batch 2 --compile
-    PYTHONPATH=. python benchmarks/torch_peer.py --model cin --channels 192 --size 64 --batch 64 --bfloat16 --compile
+    PYTHONPATH=. python benchmarks/torch_peer.py --mode train --model cin --channels 192 --size 64 --batch 64 \
+        --bfloat16 --compile
+    PYTHONPATH=. python benchmarks/torch_peer.py --mode sample --model cin --channels 192 --size 64 --batch 64 \
+        --bfloat16 --compile
 
 Needs requirements-parity.txt, or on a GPU diffusers and a torch for it. `churches` is the unconditional LDM-8 of
 LSUN-churches, `cin` the class-conditional LDM-4 of ImageNet (cin256_v2), both with --channels instead of 192 channels.
 A training step is noise, loss, gradients, AdamW (torch's fused one) and EMA, on latents. Theirs runs in PyTorch's eager
-mode in both memory layouts, with --compile also compiled. Prints how far the two predictions and the gradients are
-apart, then the seconds of each way of each side in each round, and last the ratio of the best times, ours / theirs.
-Compiling is done before and not counted.
+mode in both memory layouts, with --compile also compiled, where that works. Eager and compiled share weights, AdamW and
+EMA, so that there are ours and two of theirs in memory. Prints how far the two predictions and the gradients are apart,
+then the seconds of each way of each side in each round, and last the ratio ours / theirs for the best of their ways,
+with its name. Compiling is done before and not counted.
 """
 
 import argparse
+import functools
 import os
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory of the same GPU
 
 import diffusers
 import jax
@@ -26,14 +33,16 @@ import numpy as np
 import torch
 from flax import traverse_util
 
-from latent_diffusion import defaults, models, parallel
+from latent_diffusion import defaults, models, parallel, programs
 from latent_diffusion.diffusion import samplers
 from latent_diffusion.diffusion import schedule as schedule_lib
 from latent_diffusion.interop import diffusers_names, diffusers_settings
+from latent_diffusion.models import layers
 from latent_diffusion.training import diffusion as stage2
 from latent_diffusion.training import optimizer
 
 CUDA = torch.cuda.is_available()
+LAYOUTS = {"theirs": torch.contiguous_format, "theirs, channels_last": torch.channels_last}
 
 MODELS = {
     "churches": dict(in_channels=4, out_channels=4, channel_mult=(1, 2, 2, 4, 4), attention_resolutions=(1, 2, 4, 8),
@@ -79,21 +88,28 @@ def their_unet(config, params) -> torch.nn.Module:
     return unet.eval().to("cuda" if CUDA else "cpu")
 
 
-def their_sampler(unet, config, z_T: torch.Tensor, extra: dict[str, torch.Tensor], steps: int) -> Callable[[], None]:
+def autocast(config, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16")
+
+
+def their_sampler(unet, config, z_T: torch.Tensor, extra: dict[str, torch.Tensor], steps: int) -> Callable:
+    """Takes the function to call: `unet`, or that compiled."""
     scheduler = diffusers.DDIMScheduler.from_config(diffusers_settings.scheduler_config(config))
 
     @torch.inference_mode()
-    def run() -> np.ndarray:
+    def run(predict: Callable) -> np.ndarray:
         scheduler.set_timesteps(steps)
         z = z_T
-        for t in scheduler.timesteps:
-            z = scheduler.step(unet(z, t, **extra).sample, t, z, eta=0.0).prev_sample
-        return z.float().cpu().numpy().transpose(0, 2, 3, 1)
+        with autocast(config, z.device):  # around all steps, so that eager mode casts the weights once
+            for t in scheduler.timesteps:
+                z = scheduler.step(predict(z, t, **extra).sample.float(), t, z, eta=0.0).prev_sample
+        return z.cpu().numpy().transpose(0, 2, 3, 1)
 
     return run
 
 
-def their_trainer(unet, config, z_0: torch.Tensor, extra: dict[str, torch.Tensor], steps: int) -> Callable[[], None]:
+def their_trainer(unet, config, z_0: torch.Tensor, extra: dict[str, torch.Tensor], steps: int) -> Callable:
+    """Takes the function to call: `unet`, or that compiled."""
     scheduler = diffusers.DDPMScheduler.from_config(diffusers_settings.scheduler_config(config))
     options, parameters = config.optimizer, [*unet.parameters()]
     averaged, classes = [*parameters], torch.nn.Embedding(1001, 512).to(z_0.device)
@@ -103,13 +119,13 @@ def their_trainer(unet, config, z_0: torch.Tensor, extra: dict[str, torch.Tensor
                               weight_decay=options.weight_decay, fused=True)
     averages = [p.detach().clone() for p in averaged]
 
-    def run() -> None:
+    def run(predict: Callable) -> None:
         for _ in range(steps):
             eps, t = torch.randn_like(z_0), torch.randint(config.diffusion.timesteps, z_0.shape[:1], device=z_0.device)
             z_t = scheduler.add_noise(z_0, eps, t)
-            with torch.autocast(z_0.device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16"):
+            with autocast(config, z_0.device):
                 given = {name: classes(label)[:, None] for name in extra}
-                prediction = unet(z_t, t, **given).sample
+                prediction = predict(z_t, t, **given).sample
             loss = torch.nn.functional.mse_loss(prediction.float(), eps)
             adamw.zero_grad(set_to_none=True)
             loss.backward()
@@ -143,10 +159,11 @@ def our_sampler(networks, config, params, z_T: jax.Array, extra: dict[str, jax.A
     schedule = schedule_lib.from_config(config.diffusion)
 
     @jax.jit
-    def sample(params, z_T, extra):
-        def denoise(z_t, t):
-            return networks.unet.apply({"params": params}, z_t, t, **extra)
-
+    def sample(params, z_T, extra):  # as `programs.draw` does: what is equal in all steps comes first
+        params, inputs = programs._computing({"unet": params}, networks), dict(extra)
+        if extra:
+            inputs["keys_and_values"] = layers.keys_and_values(params["unet"], extra["context"], networks.unet.dtype)
+        denoise = functools.partial(programs.predict, networks, params, inputs=inputs)
         return samplers.sample(denoise, schedule, jax.random.key(0), z_T.shape, steps=steps, z_T=z_T)
 
     params = jax.device_put(params)
@@ -176,6 +193,28 @@ def check(networks, params, theirs, inputs: dict[str, jax.Array], theirs_inputs:
           f"{norms[0]:.6g} and {norms[1]:.6g}")
     assert apart < (3e-2 if loose else 1e-4) and abs(norms[0] / norms[1] - 1) < (3e-2 if loose else 1e-3)
     theirs.zero_grad(set_to_none=True)
+
+
+def compare(ways: dict[str, Callable], rounds: int) -> None:
+    """Times all in turn and prints it. What torch cannot compile is left out."""
+    times = {}
+    for name, run in ways.items():
+        try:
+            print(f"{name}: first call {seconds(run):.1f} s", flush=True)
+            times[name] = []
+        except RuntimeError as error:
+            if "compiled" not in name:
+                raise
+            print(f"{name}: left out, {(str(error).strip() or repr(error)).splitlines()[0]}", flush=True)
+    for _ in range(rounds):
+        for name, measured in times.items():
+            measured.append(seconds(ways[name]))
+    best, median = ({name: of(measured) for name, measured in times.items()} for of in (min, statistics.median))
+    for name, measured in times.items():
+        print(f"{name}: {' '.join(f'{x:.2f}' for x in measured)} s, median {median[name]:.2f}")
+    theirs = min(best.keys() - {"ours"}, key=best.get)
+    print(f"ratio ours / the best of theirs ({theirs}): {best['ours'] / best[theirs]:.2f}, of the medians "
+          f"{median['ours'] / median[theirs]:.2f} ({os.cpu_count()} CPUs, torch threads {torch.get_num_threads()})")
 
 
 def main() -> None:
@@ -209,24 +248,13 @@ def main() -> None:
 
     our_way, their_way = {"train": (our_trainer, their_trainer), "sample": (our_sampler, their_sampler)}[args.mode]
     ways = {"ours": our_way(networks, config, params, z, extra, steps)}
-    for name, layout in (("theirs", torch.contiguous_format), ("theirs, channels_last", torch.channels_last)):
-        for compiled in (False, True)[: 1 + args.compile]:
-            unet = their_unet(config, params).to(memory_format=layout)
-            ways[name + ", compiled" * compiled] = their_way(
-                torch.compile(unet) if compiled else unet, config, z_theirs.to(memory_format=layout), extra_theirs,
-                steps)
-    for name, run in ways.items():
-        print(f"{name}: first call {seconds(run):.1f} s", flush=True)
-    times = {name: [] for name in ways}
-    for _ in range(args.rounds):
-        for name, run in ways.items():
-            times[name].append(seconds(run))
-    for name, measured in times.items():
-        print(f"{name}: {' '.join(f'{x:.2f}' for x in measured)} s, median {statistics.median(measured):.2f}")
-    best = {name: min(measured) for name, measured in times.items()}
-    their_best = min((name for name in best if name != "ours"), key=best.get)
-    print(f"ratio ours / {their_best}: {best['ours'] / best[their_best]:.2f} "
-          f"({os.cpu_count()} CPUs, torch threads {torch.get_num_threads()})")
+    for name, layout in LAYOUTS.items():
+        unet = their_unet(config, params).to(memory_format=layout)
+        run = their_way(unet, config, z_theirs.to(memory_format=layout), extra_theirs, steps)
+        ways[name] = functools.partial(run, unet)
+        if args.compile:
+            ways[f"{name}, compiled"] = functools.partial(run, torch.compile(unet))
+    compare(ways, args.rounds)
 
 
 if __name__ == "__main__":

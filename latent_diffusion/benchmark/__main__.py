@@ -17,6 +17,7 @@ import logging
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -144,8 +145,9 @@ def workload(config: Any, stream: Iterator[dict] | None) -> workloads.Workload:
 
 
 def row_of(name: str, config: Any, **more: Any) -> dict[str, Any]:
-    """Measures one row. What does not fit, into memory or else, is said in its place."""
-    log.info("%s: compiling", name)
+    """Measures one row. What does not fit, into memory or else, is said in its place, and so is what fails on the
+    device, unless --debug asks where."""
+    log.info("%s: %s", name, "reading" if _MODE.value == "loader" else "compiling")
     long = _MODE.value == "sample"
     steps = dict(warmup=1 if long and not FLAGS["warmup"].present else _WARMUP.value,
                  steps=5 if long and not FLAGS["measured"].present else _MEASURED.value)
@@ -153,6 +155,8 @@ def row_of(name: str, config: Any, **more: Any) -> dict[str, Any]:
     try:
         config, stream = completed(config)
         if _MODE.value == "loader":
+            least = _loading().read_ahead(config)  # fewer would measure how fast what has been read is handed out
+            steps = {name: max(number, least) for name, number in steps.items()}
             return more | dataclasses.asdict(measure.loader(stream, config.training.batch_size, **steps))
         if _MODE.value == "train":
             more["cached"] = is_cached(config)
@@ -163,9 +167,11 @@ def row_of(name: str, config: Any, **more: Any) -> dict[str, Any]:
     except UserError as error:
         return more | {"error": " ".join(str(error).split())}
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return more | {"error": f"out of memory with a batch of {config.training.batch_size}"}
+        if _DEBUG.value:
             raise
-        return more | {"error": f"out of memory with a batch of {config.training.batch_size}"}
+        return more | {"error": textwrap.shorten((str(error).strip() or repr(error)).splitlines()[0], 200)}
 
 
 def jobs() -> list[tuple[str, Any, dict[str, Any]]]:
@@ -181,6 +187,7 @@ def jobs() -> list[tuple[str, Any, dict[str, Any]]]:
         return _jobs_over_f()
     named = {} if not _CONFIG.value else {FLAGS["config"].config_filename or "config": _CONFIG.value}
     if _COMPARE.value:
+        _refuse_what_a_comparison_sets()
         named |= {name: config_lib.load(spec) for name, spec in COMPARED.items()}
         named = {name: compared(config) for name, config in named.items()}
     if not named:
@@ -192,6 +199,14 @@ def jobs() -> list[tuple[str, Any, dict[str, Any]]]:
     return [(f"{name}, {_SWEEP.value} {value}", swept(config, value),
              {"model": name, "value": value, "sweep": _SWEEP.value})
             for name, config in named.items() for value in _values()]
+
+
+def _refuse_what_a_comparison_sets() -> None:
+    given = FLAGS["config"].override_values if _CONFIG.value else {}
+    for key, flag in (("sampling.steps", _STEPS), ("sampling.guidance_scale", _GUIDANCE)):
+        if key in given:
+            raise UserError(f"--config.{key} would be lost: all rows of a comparison have the same; say it to all of "
+                            f"them by --{flag.name}")
 
 
 def _jobs_over_f() -> list[tuple[str, Any, dict[str, Any]]]:
@@ -209,11 +224,12 @@ def _jobs_over_f() -> list[tuple[str, Any, dict[str, Any]]]:
 
 
 def rows() -> list[dict[str, Any]]:
-    """All rows, each printed as soon as it is there. Raises UserError where none could be measured."""
+    """All rows, each of several printed as soon as it is there. Raises UserError where none could be measured."""
     asked, found = jobs(), []
     for name, config, more in asked:
         found.append(row_of(name, config, **more))
-        log.info("%s", report.table(found[-1:]).splitlines()[-1])
+        if len(asked) > 1:
+            log.info("%s", report.table(found[-1:]).splitlines()[-1])
     if all("error" in row for row in found):
         raise UserError(found[0]["error"])
     return found
@@ -281,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cached = jax.config.jax_enable_compilation_cache
     try:
         command_line.parse(argv, _CONFIG, FLAGS)
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)  # an import set one up
         logging.getLogger("latent_diffusion").setLevel(logging.INFO)
         jax.config.update("jax_enable_compilation_cache", False)  # compiling is measured
         parallel.initialize()

@@ -30,8 +30,8 @@ class Result:
     step_seconds: float
     step_p95_seconds: float
     batch_size: int
-    parameters: int
-    model_flops: int
+    parameters: int | None
+    model_flops: int | None
     utilization: float | None
     memory_bytes: int | None
     compile_seconds: float | None
@@ -95,7 +95,10 @@ def _of_steps(started: float, ends: list[float]) -> dict[str, float]:
 
 
 def loader(stream: Iterator[dict], batch_size: int, *, warmup: int, steps: int) -> Result:
-    """Reads `warmup` + `steps` batches, of `batch_size` over all processes, with nothing else to do."""
+    """Reads `warmup` + `steps` batches, of `batch_size` over all processes, with nothing else to do.
+
+    Both must be as many as the stream reads ahead: it gives several batches at once, and then none for long.
+    """
     for _ in range(warmup):
         next(stream)
     started, ends = time.perf_counter(), []
@@ -105,8 +108,8 @@ def loader(stream: Iterator[dict], batch_size: int, *, warmup: int, steps: int) 
     seconds = ends[-1] - started
     return Result(
         images_per_second=batch_size * steps / seconds, seconds=seconds, **_of_steps(started, ends),
-        batch_size=batch_size, parameters=0, model_flops=0, utilization=None, memory_bytes=None, compile_seconds=None,
-        wait_share=1.0, collectives=None, collective_bytes=None)
+        batch_size=batch_size, parameters=None, model_flops=None, utilization=None, memory_bytes=None,
+        compile_seconds=None, wait_share=1.0, collectives=None, collective_bytes=None)
 
 
 def _memory(program: Any) -> int:

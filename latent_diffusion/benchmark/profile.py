@@ -11,9 +11,11 @@ from typing import Any
 from etils import epath
 
 log = logging.getLogger(__name__)
-# Kinds of work, by what an operation's name (scopes and modules, then the primitive) holds; the first that fits.
+# Kinds of work, by what an operation's name (scopes and modules, then the primitive) holds; the first that fits. A
+# fusion of several kinds, such as the update of a parameter with that of its average, counts as what it is named after.
 KINDS = {
-    "optimizer and EMA": r"/(optimizer|ema)/",
+    "optimizer": r"/optimizer/",
+    "EMA": r"/ema/",
     "convolutions": r"conv_general_dilated|winograd|/patches/",
     "attention": r"/attention/",
     "norms": r"/(in_layers_0|out_layers_0|out_0|norm\w*)/",

@@ -15,13 +15,14 @@ from latent_diffusion import files
 
 COLUMNS = {  # title: how a row, a `Result` as a dict with its "name", is shown
     "": lambda row: row["name"],
-    "params": lambda row: f"{row['parameters'] / 1e6:.1f}M",
+    "params": lambda row: _or_dash(row["parameters"], lambda x: f"{x / 1e6:.1f}M"),
     "batch": lambda row: str(row["batch_size"]),
     "img/s": lambda row: f"{row['images_per_second']:.3g}",
     "img/s/device": lambda row: f"{row['images_per_second'] / row['devices']:.3g}",
     "step ms": lambda row: f"{1e3 * row['step_seconds']:.3g}",
     "p95": lambda row: f"{1e3 * row['step_p95_seconds']:.3g}",
-    "TFLOP/s": lambda row: f"{_flops_of_image(row) * row['images_per_second'] / 1e12 / row['devices']:.3g}",
+    "TFLOP/s": lambda row: _or_dash(
+        _flops_of_image(row), lambda x: f"{x * row['images_per_second'] / 1e12 / row['devices']:.3g}"),
     "MFU": lambda row: _or_dash(row["utilization"], lambda x: f"{100 * x:.1f}%"),
     "GiB": lambda row: _or_dash(row["memory_bytes"], lambda x: f"{x / 2**30:.2f}"),
     "compile s": lambda row: _or_dash(row["compile_seconds"], lambda x: f"{x:.1f}"),
@@ -30,8 +31,8 @@ COLUMNS = {  # title: how a row, a `Result` as a dict with its "name", is shown
 }
 
 
-def _flops_of_image(row: Mapping[str, Any]) -> float:
-    return row["model_flops"] / row["batch_size"]
+def _flops_of_image(row: Mapping[str, Any]) -> float | None:
+    return None if row["model_flops"] is None else row["model_flops"] / row["batch_size"]
 
 
 def _or_dash(value: Any, show: Any) -> str:

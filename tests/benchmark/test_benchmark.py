@@ -7,11 +7,12 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_models
 from flax import traverse_util
 
-from latent_diffusion import command_line
+from latent_diffusion import command_line, images
 from latent_diffusion import config as config_lib
 from latent_diffusion.benchmark import __main__ as benchmark
 from latent_diffusion.benchmark import measure, report, work, workloads
@@ -82,7 +83,9 @@ def test_rows_of_a_comparison_are_written(capsys, tmp_path, monkeypatch):
 ])
 def test_mistakes_are_one_line(capsys, flags, message):
     code, said = run(capsys, *flags)
-    assert code == 2 and message in said.err and said.err.count("\n") == 1
+    *before, line = said.err.splitlines()
+    assert code == 2 and line.startswith("benchmark: error: ") and message in line
+    assert all(line.endswith((": compiling", ": reading")) for line in before)
 
 
 def test_rows_of_a_comparison_have_the_steps_of_the_sweep(capsys, tmp_path, monkeypatch):
@@ -119,6 +122,50 @@ def test_overrides_are_not_lost_in_a_sweep_of_f(capsys, monkeypatch):
     code, said = run(capsys, *flags)
     assert code == 2 and "--config.data.image_size would be lost: --sweep f takes" in said.err
     assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("key, flag", [("sampling.steps", "--steps"), ("sampling.guidance_scale", "--guidance")])
+def test_what_a_comparison_sets_is_not_lost(capsys, monkeypatch, key, flag):
+    flags = ["--config=configs/ldm_class.py:smoke", "--compare=pixel", "--mode=sample", f"--config.{key}=20"]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *flags])
+    code, said = run(capsys, *flags)
+    assert code == 2 and f"--config.{key} would be lost" in said.err and said.err.endswith(f"by {flag}\n")
+    assert said.err.count("\n") == 1
+
+
+def fail_at_first(monkeypatch, error):
+    """The first row fails, all others have the same result."""
+    result, errors = measure.loader(iter(range(9)), 4, warmup=0, steps=1), [error]
+
+    def measured(*_, **__):
+        if errors:
+            raise errors.pop()
+        return result
+
+    monkeypatch.setattr(measure, "measure", measured)
+    monkeypatch.setattr(benchmark, "workload", lambda *_: None)
+
+
+def test_an_error_of_one_row_leaves_the_others(capsys, monkeypatch):
+    fail_at_first(monkeypatch, jax.errors.JaxRuntimeError("INTERNAL: a kernel failed" + 50 * " at" + "\nmore of it"))
+    flags = ["--config=configs/ldm_class.py:smoke", "--sweep=batch", "--values=2,4"]
+    code, said = run(capsys, *flags)
+    titles, failed, whole = said.out.splitlines()
+    assert code == 0 and "INTERNAL: a kernel failed at at" in failed and "more of it" not in failed
+    assert len(failed.split("INTERNAL")[1]) < 200 and titles.count("img/s") == 2 and "batch 4 " in whole
+    assert "Traceback" not in said.err and "\nconfigs/ldm_class.py:smoke, batch 4: compiling\n" in said.err
+
+
+def test_an_error_is_raised_where_debug_asks_for_it(monkeypatch):
+    fail_at_first(monkeypatch, jax.errors.JaxRuntimeError("INTERNAL: a kernel failed"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a kernel failed"):
+        benchmark.main(["benchmark", "--config=configs/ldm_class.py:smoke", "--debug"])
+
+
+def test_out_of_memory_is_said_with_the_batch(capsys, monkeypatch):
+    fail_at_first(monkeypatch, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying"))
+    code, said = run(capsys, "--config=configs/ldm_class.py:smoke", "--batch_size=6")
+    assert code == 2 and said.err.endswith("benchmark: error: out of memory with a batch of 6\n")
 
 
 def test_environment_has_what_the_compiler_was_told(monkeypatch):
@@ -185,6 +232,31 @@ def test_training_steps_have_the_right_arguments(name):
 def test_time_waiting_for_data_is_measured():
     found = measure.loader(iter(range(10)), 4, warmup=2, steps=5)
     assert found.batch_size == 4 and found.wait_share == 1.0
+
+
+def test_a_loader_is_timed_beyond_what_it_reads_ahead(capsys, tmp_path, monkeypatch):
+    for i in range(4):
+        images.save_png(tmp_path / f"{i}.png", np.full((16, 16, 3), i, np.uint8))
+    asked, original = {}, measure.loader
+    monkeypatch.setattr(measure, "loader", lambda *arguments, **steps: asked.update(steps) or original(
+        *arguments, **steps))
+    code, said = run(capsys, f"--config=configs/ldm_unconditional.py:smoke,folder={tmp_path}", "--mode=loader",
+                     "--batch_size=2", "--warmup=1", "--measured=3")
+    assert code == 0, said.err
+    assert asked == {"warmup": 8, "steps": 8}  # twice the threads
+    titles, row = (re.split(r"\s{2,}", line.strip()) for line in said.out.splitlines())
+    shown = dict(zip(titles, row[1:], strict=True))
+    assert shown["params"] == shown["TFLOP/s"] == "-" and float(shown["img/s"]) > 0
+
+
+def test_what_a_loader_reads_ahead():
+    from latent_diffusion.benchmark import loading
+
+    config = config_lib.load("configs/ldm_unconditional.py:smoke")
+    with config.unlocked():
+        for threads, workers, number in ((3, 0, 6), (0, 0, 2), (3, 2, 16)):
+            config.data.update(dict(threads=threads, workers=workers))
+            assert loading.read_ahead(config) == number
 
 
 def test_work_of_a_step():
