@@ -85,7 +85,7 @@ TRAINING = {  # what is replaced: (where, name, by what)
 }
 SAMPLING = {
     KEYS: [(layers, "keys_and_values", lambda params, context, dtype: {})],
-    KERNELS: [(programs, "_computing", lambda params, networks: params)],
+    KERNELS: [(programs, "in_compute_dtype", lambda params, networks: params)],
 }
 WITHOUT = {"train": NOTHING | TRAINING, "sample": NOTHING | SAMPLING}
 

@@ -160,7 +160,7 @@ def our_sampler(networks, config, params, z_T: jax.Array, extra: dict[str, jax.A
 
     @jax.jit
     def sample(params, z_T, extra):  # as `programs.draw` does: what is equal in all steps comes first
-        params, inputs = programs._computing({"unet": params}, networks), dict(extra)
+        params, inputs = programs.in_compute_dtype({"unet": params}, networks), dict(extra)
         if extra:
             inputs["keys_and_values"] = layers.keys_and_values(params["unet"], extra["context"], networks.unet.dtype)
         denoise = functools.partial(programs.predict, networks, params, inputs=inputs)

@@ -125,7 +125,7 @@ def draw(
       images (b, H, W, C) uint8, scaled latents (b, h, w, c), finite (b,), and frames (b, frames, H, W, C) uint8.
     """
     TRACES["draw"] += 1
-    shared = {**shared} | {name: _computing(shared[name], networks) for name, networks in (
+    shared = {**shared} | {name: in_compute_dtype(shared[name], networks) for name, networks in (
         ("params", program.models), ("weak", program.weak)) if name in shared}
     params, known = shared["params"], None
     if program.masked:
@@ -276,7 +276,7 @@ def predict(
     return tiles.tiled(predict_patch, joined, *tile[:2], each=each)
 
 
-def _computing(params: Any, networks: models.Models) -> dict:
+def in_compute_dtype(params: Any, networks: models.Models) -> dict:
     """The UNet's kernels in its compute type, because XLA does not move the cast out of a loop on every device."""
     def cast(path: Any, x: Array) -> Array:
         return x.astype(networks.unet.dtype) if path[-1].key == "kernel" else x  # norms are float32
