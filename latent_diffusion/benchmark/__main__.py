@@ -147,7 +147,6 @@ def workload(config: Any, stream: Iterator[dict] | None) -> workloads.Workload:
 def row_of(name: str, config: Any, **more: Any) -> dict[str, Any]:
     """Measures one row. What does not fit, into memory or else, is said in its place, and so is what fails on the
     device, unless --debug asks where."""
-    log.info("%s: %s", name, "reading" if _MODE.value == "loader" else "compiling")
     long = _MODE.value == "sample"
     steps = dict(warmup=1 if long and not FLAGS["warmup"].present else _WARMUP.value,
                  steps=5 if long and not FLAGS["measured"].present else _MEASURED.value)
@@ -155,6 +154,7 @@ def row_of(name: str, config: Any, **more: Any) -> dict[str, Any]:
     try:
         config, stream = completed(config)
         if _MODE.value == "loader":
+            log.info("%s: reading", name)
             least = _loading().read_ahead(config)  # fewer would measure how fast what has been read is handed out
             steps = {name: max(number, least) for name, number in steps.items()}
             return more | dataclasses.asdict(measure.loader(stream, config.training.batch_size, **steps))
@@ -163,7 +163,9 @@ def row_of(name: str, config: Any, **more: Any) -> dict[str, Any]:
         folder = epath.Path(_PROFILE.value) / re.sub(r"\W+", "_", name) if _PROFILE.value else ""
         if folder and jax.process_count() > 1:
             folder /= f"process{jax.process_index()}"
-        return more | dataclasses.asdict(measure.measure(workload(config, stream), profile=str(folder), **steps))
+        found = workload(config, stream)
+        log.info("%s: compiling", name)
+        return more | dataclasses.asdict(measure.measure(found, profile=str(folder), **steps))
     except UserError as error:
         return more | {"error": " ".join(str(error).split())}
     except jax.errors.JaxRuntimeError as error:

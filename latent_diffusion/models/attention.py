@@ -24,7 +24,7 @@ def _say_once(level: int, message: str) -> None:
 def _why_not_flash(q: jax.Array, k: jax.Array) -> str:
     """Why cuDNN's kernel is not asked for on this GPU; empty if it is. It says itself what else it does not take."""
     width, generation = q.shape[-1], str(getattr(jax.local_devices()[0], "compute_capability", "")).partition(".")[0]
-    widest = {"8": 128, "9": 256}.get(generation, 128)  # JAX lets 256 pass after Hopper too, where cuDNN has gaps
+    widest = 256 if generation == "9" else 128  # JAX lets 256 pass after Hopper too, where cuDNN has gaps
     if not choose_by_variable({"auto": True, "xla": False}, "LATENT_DIFFUSION_ATTENTION"):
         return "LATENT_DIFFUSION_ATTENTION=xla"
     if q.dtype not in (jnp.bfloat16, jnp.float16):

@@ -83,9 +83,7 @@ def test_rows_of_a_comparison_are_written(capsys, tmp_path, monkeypatch):
 ])
 def test_mistakes_are_one_line(capsys, flags, message):
     code, said = run(capsys, *flags)
-    *before, line = said.err.splitlines()
-    assert code == 2 and line.startswith("benchmark: error: ") and message in line
-    assert all(line.endswith((": compiling", ": reading")) for line in before)
+    assert code == 2 and message in said.err and said.err.count("\n") == 1
 
 
 def test_rows_of_a_comparison_have_the_steps_of_the_sweep(capsys, tmp_path, monkeypatch):
